@@ -1,0 +1,236 @@
+package auth
+
+import (
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"net/netip"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// The parsers below say what is wrong without repeating the value.
+
+func text(field func(*Config) *string) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		if len(v) > 255 || strings.TrimSpace(v) != v {
+			return errors.New("must be at most 255 bytes without white space around them")
+		}
+		*field(c) = v
+		return nil
+	}
+}
+
+func secret(field func(*Config) *Secret, minBytes int) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		if len(v) < minBytes {
+			return fmt.Errorf("must have at least %d bytes", minBytes)
+		}
+		*field(c) = Secret{v}
+		return nil
+	}
+}
+
+func duration(field func(*Config) *time.Duration, low, high time.Duration) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		d, err := time.ParseDuration(v)
+		if err != nil {
+			return errors.New("must be a duration such as 15m or 336h")
+		}
+		if d < low || d > high {
+			return fmt.Errorf("must be from %v to %v", low, high)
+		}
+		*field(c) = d
+		return nil
+	}
+}
+
+func number(field func(*Config) *int, low, high int) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		n, err := strconv.ParseUint(v, 10, 31) // no sign, no space, no underscore
+		if err != nil || int(n) < low || int(n) > high {
+			return fmt.Errorf("must be a whole number from %d to %d", low, high)
+		}
+		*field(c) = int(n)
+		return nil
+	}
+}
+
+func number32(field func(*Config) *uint32, low, high int) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		var n int
+		err := number(func(*Config) *int { return &n }, low, high)(c, v)
+		*field(c) = uint32(n)
+		return err
+	}
+}
+
+func boolean(field func(*Config) *bool) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		if v != "true" && v != "false" {
+			return errors.New("must be true or false")
+		}
+		*field(c) = v == "true"
+		return nil
+	}
+}
+
+func readableFile(field func(*Config) *string) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		f, err := os.Open(v)
+		if err != nil {
+			return errors.New("file cannot be opened")
+		}
+		*field(c) = v
+		return f.Close()
+	}
+}
+
+func natsServers(c *Config, v string) error {
+	for _, server := range strings.Split(v, ",") {
+		if !strings.Contains(server, "://") {
+			server = "nats://" + server
+		}
+		u, err := url.Parse(strings.TrimSpace(server))
+		if err != nil || u.Hostname() == "" || u.Scheme != "nats" && u.Scheme != "tls" {
+			return errors.New("must be comma-separated nats:// or tls:// servers")
+		}
+	}
+	c.NATSURL = Secret{v}
+	return nil
+}
+
+func trustedProxies(c *Config, v string) error {
+	for _, s := range strings.Split(v, ",") {
+		s = strings.TrimSpace(s)
+		prefix, err := netip.ParsePrefix(s)
+		if addr, aerr := netip.ParseAddr(s); aerr == nil {
+			prefix, err = netip.PrefixFrom(addr, addr.BitLen()), nil
+		}
+		if err != nil {
+			return errors.New("must be comma-separated CIDRs")
+		}
+		c.TrustedProxies = append(c.TrustedProxies, prefix.Masked())
+	}
+	return nil
+}
+
+func corsOrigins(c *Config, v string) error {
+	for _, s := range strings.Split(v, ",") {
+		s = strings.TrimSpace(s)
+		u, err := url.Parse(s)
+		if err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || u.Scheme+"://"+u.Host != s || strings.Contains(s, "*") {
+			return errors.New("must be comma-separated origins such as https://app.example.com")
+		}
+		c.CORSOrigins = append(c.CORSOrigins, s)
+	}
+	return nil
+}
+
+// resolve checks what only makes sense together and loads what files hold.
+// It runs on what could be parsed, so that one start names every mistake.
+func (c *Config) resolve() []error {
+	var errs []error
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+
+	keys, keyErrs := newKeyRing(c.pems)
+	c.Keys = keys
+	errs = append(errs, keyErrs...)
+
+	if (c.TLSCertFile == "") != (c.TLSKeyFile == "") {
+		bad("TLS_CERT_FILE, TLS_KEY_FILE: set both or none")
+	} else if c.TLSCertFile != "" {
+		cert, err := tls.LoadX509KeyPair(c.TLSCertFile, c.TLSKeyFile)
+		if err != nil {
+			bad("TLS_CERT_FILE, TLS_KEY_FILE: not a matching PEM certificate and key")
+		}
+		c.TLSCertificate = &cert
+	}
+	if c.AdminToken.s != "" && c.AdminAddr == "" {
+		bad("ADMIN_TOKEN: needs ADMIN_ADDR")
+	}
+	if c.Argon2.MemoryKiB != 0 && c.Argon2.MemoryKiB < 8*c.Argon2.Parallelism { // RFC 9106 3.1
+		bad("ARGON2_PARALLELISM: at most an eighth of ARGON2_MEMORY_KIB")
+	}
+	need := uint64(c.MaxConcurrentHashes) * uint64(c.Argon2.MemoryKiB) * 1024
+	if limit := cgroupMemoryLimit("/"); need > limit {
+		bad("MAX_CONCURRENT_HASHES: that many times ARGON2_MEMORY_KIB is more than the memory limit of the control group")
+	}
+	if c.blocklistFile != "" {
+		list, err := LoadBlocklist(c.blocklistFile)
+		if err != nil {
+			bad("PASSWORD_BLOCKLIST_FILE: %w", err)
+		}
+		c.Blocklist = list
+	}
+	return errs
+}
+
+// cgroupMemoryLimit is the tightest memory limit over the process's control
+// group and its parents in bytes, MaxUint64 when there is none. root is "/",
+// or a copy of the two trees in tests.
+func cgroupMemoryLimit(root string) uint64 {
+	limit := uint64(math.MaxUint64)
+	self, _ := os.ReadFile(filepath.Join(root, "proc/self/cgroup"))
+	for line := range strings.Lines(string(self)) {
+		parts := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		if len(parts) != 3 {
+			continue
+		}
+		base, file := "sys/fs/cgroup", "memory.max" // version 2
+		if parts[1] == "memory" {
+			base, file = "sys/fs/cgroup/memory", "memory.limit_in_bytes" // version 1
+		} else if parts[1] != "" {
+			continue
+		}
+		// Inside a container the path may name a folder that is only visible
+		// outside; the walk up to the mount's root finds the limit all the same.
+		for dir := parts[2]; ; dir = filepath.Dir(dir) {
+			b, _ := os.ReadFile(filepath.Join(root, base, dir, file))
+			if n, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64); err == nil {
+				limit = min(limit, n)
+			}
+			if dir == "/" || dir == "." {
+				break
+			}
+		}
+	}
+	return limit
+}
+
+// WarnOfWeakness writes a line for each setting that works but that an
+// operator should know of.
+func WarnOfWeakness(c Config, databasePlaintext bool, log *slog.Logger) {
+	if databasePlaintext {
+		log.Warn(logConfigPlaintext, "variable", "DATABASE_URL")
+	} else if natsPlaintext(c.NATSURL.Reveal()) {
+		log.Warn(logConfigPlaintext, "variable", "NATS_URL")
+	}
+	if c.RegisterToken.Reveal() == "" {
+		log.Warn(logConfigOpen, "variable", "REGISTER_TOKEN")
+	}
+}
+
+func natsPlaintext(servers string) bool {
+	for _, server := range strings.Split(servers, ",") {
+		server = strings.TrimSpace(server)
+		if !strings.Contains(server, "://") {
+			server = "nats://" + server
+		}
+		u, err := url.Parse(server)
+		if err != nil { // unreachable: natsServers accepted it
+			continue
+		}
+		addr, err := netip.ParseAddr(u.Hostname())
+		if u.Scheme == "nats" && u.Hostname() != "localhost" && (err != nil || !addr.IsLoopback()) {
+			return true
+		}
+	}
+	return false
+}

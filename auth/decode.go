@@ -1,0 +1,168 @@
+package auth
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"mime"
+	"net/http"
+	"os"
+	"strings"
+	"unicode/utf8"
+)
+
+// maxBody bounds a request body in bytes.
+const maxBody = 64 << 10
+
+// member is one member that a request object may have. The types of requests
+// list theirs; there is no reflection and so no surprise about what is read.
+type member struct {
+	name     string
+	text     *string
+	optional bool // may be absent or null
+}
+
+// request is what the endpoints' input types implement through a pointer.
+type request[T any] interface {
+	*T
+	members() []member
+}
+
+// readBody enforces what spec section 2 says of every POST before any parsing.
+func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+	media, params, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	charset, given := params["charset"]
+	if err != nil || media != "application/json" || given && !strings.EqualFold(charset, "utf-8") || r.Header.Get("Content-Encoding") != "" {
+		return nil, errUnsupportedMedia
+	}
+	if r.ContentLength > maxBody {
+		return nil, errBodyTooLarge
+	}
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	var tooLarge *http.MaxBytesError
+	switch {
+	case errors.As(err, &tooLarge):
+		return nil, errBodyTooLarge
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return nil, errBodyTimeout
+	case err != nil: // cut off, or broken chunks
+		return nil, invalidFields(fieldError{"body", "incomplete"})
+	}
+	return body, nil
+}
+
+// decodeObject reads one JSON object (RFC 8259) into members, strictly: exact
+// names, each at most once, strings only, and no text that a lenient parser
+// could read in two ways. Two different byte strings never decode to the same
+// password by replacement of what is not Unicode. It reports every wrong
+// member at once, or "body" when the whole is no JSON object.
+func decodeObject(body []byte, members []member) error {
+	if !json.Valid(body) { // also bounds the nesting depth
+		return invalidFields(fieldError{"body", "not_json"})
+	}
+	dec := json.NewDecoder(bytes.NewReader(body))
+	if open, err := dec.Token(); err != nil || open != json.Delim('{') {
+		return invalidFields(fieldError{"body", "not_an_object"})
+	}
+	var wrong []fieldError
+	seen := map[string]bool{}
+	for dec.More() {
+		token, err := dec.Token()
+		name, isString := token.(string)
+		var raw json.RawMessage
+		if err != nil || !isString || dec.Decode(&raw) != nil { // unreachable: the body is valid JSON
+			return invalidFields(fieldError{"body", "not_json"})
+		}
+		switch m := memberNamed(members, name); {
+		case seen[name]:
+			wrong = append(wrong, fieldError{name, "duplicate"})
+		case m == nil:
+			wrong = append(wrong, fieldError{clientText(name, 64), "unknown"})
+		default:
+			if reason := m.decode(raw); reason != "" {
+				wrong = append(wrong, fieldError{name, reason})
+			}
+		}
+		seen[name] = true
+		if len(wrong) > 20 { // enough to say so; the body may hold thousands
+			return invalidFields(wrong...)
+		}
+	}
+	for _, m := range members {
+		if !seen[m.name] && !m.optional {
+			wrong = append(wrong, fieldError{m.name, "missing"})
+		}
+	}
+	if len(wrong) > 0 {
+		return invalidFields(wrong...)
+	}
+	return nil
+}
+
+func memberNamed(members []member, name string) *member {
+	for i := range members {
+		if members[i].name == name {
+			return &members[i]
+		}
+	}
+	return nil
+}
+
+// decode returns what is wrong with the value, or "".
+func (m *member) decode(raw json.RawMessage) string {
+	switch {
+	case string(raw) == "null" && m.optional:
+		return ""
+	case string(raw) == "null":
+		return "null"
+	case raw[0] != '"':
+		return "wrong_type"
+	case !utf8.Valid(raw) || hasLoneSurrogate(raw):
+		return "invalid_unicode" // encoding/json would put U+FFFD in its place
+	case json.Unmarshal(raw, m.text) != nil: // unreachable: a valid JSON string
+		return "wrong_type"
+	}
+	return ""
+}
+
+// hasLoneSurrogate finds a \u escape of half a surrogate pair in a valid JSON
+// string token.
+func hasLoneSurrogate(raw []byte) bool {
+	for i := 0; i < len(raw); i++ {
+		if raw[i] != '\\' {
+			continue
+		}
+		i++ // the escaped character; valid JSON has one
+		if raw[i] != 'u' {
+			continue
+		}
+		unit := hex16(raw[i+1 : i+5])
+		i += 4
+		if unit < 0xD800 || unit > 0xDFFF {
+			continue
+		}
+		if unit > 0xDBFF || i+6 >= len(raw) || raw[i+1] != '\\' || raw[i+2] != 'u' {
+			return true
+		}
+		if low := hex16(raw[i+3 : i+7]); low < 0xDC00 || low > 0xDFFF {
+			return true
+		}
+		i += 6
+	}
+	return false
+}
+
+// hex16 reads the four hex digits that JSON validity guarantees.
+func hex16(digits []byte) (n uint16) {
+	for _, c := range digits {
+		switch {
+		case c <= '9':
+			c -= '0'
+		default:
+			c = c | 0x20 - 'a' + 10
+		}
+		n = n<<4 | uint16(c)
+	}
+	return n
+}

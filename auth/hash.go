@@ -1,0 +1,284 @@
+package auth
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/subtle"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"runtime"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/crypto/argon2"
+)
+
+// Argon2Params are the costs of an argon2id hash (RFC 9106).
+type Argon2Params struct {
+	MemoryKiB   uint32
+	Iterations  uint32
+	Parallelism uint32 // 1 to 255
+}
+
+const (
+	saltBytes = 16 // RFC 9106 3.1
+	hashBytes = 32
+)
+
+// hasher computes at most cap(slots) hashes at a time. Who would have to wait
+// for a slot longer than maxWait is refused at the door, before any query:
+// queue takes a place, lease waits for a slot, and both are given back however
+// the request ends.
+//
+// Memory: every argon2 call leaves its buffer (ARGON2_MEMORY_KIB) as garbage,
+// and the collector, left alone, lets the heap double before it looks. A
+// collection inside the slot after each hash frees the buffer before the next
+// one is made, so the heap holds about slots buffers; the runtime's soft limit
+// (set by main from the same product) is the net below. One FreeOSMemory after
+// some idle seconds gives the rest back.
+type hasher struct {
+	params  Argon2Params
+	slots   chan struct{}
+	maxWait time.Duration
+	metrics *metrics
+
+	places  atomic.Int64 // requests that hold a slot or wait for one
+	perHash atomic.Int64 // running mean of a hash in nanoseconds
+	idle    atomic.Bool  // no hash since the last FreeOSMemory
+}
+
+// firstGuess is the time of a hash before one has been measured.
+const firstGuess = 100 * time.Millisecond
+
+func newHasher(params Argon2Params, slots int, maxWait time.Duration, m *metrics) *hasher {
+	h := &hasher{params: params, slots: make(chan struct{}, slots), maxWait: maxWait, metrics: m}
+	h.perHash.Store(int64(firstGuess))
+	h.idle.Store(true)
+	return h
+}
+
+// expectedWait is how long the n-th place waits for a slot.
+func (h *hasher) expectedWait(n int64) time.Duration {
+	return time.Duration((n - 1) / int64(cap(h.slots)) * h.perHash.Load())
+}
+
+// place is one request's place in the queue.
+type place struct {
+	h    *hasher
+	left sync.Once
+}
+
+// queue takes a place, or refuses at once with errHashBusy.
+func (h *hasher) queue() (*place, error) {
+	if wait := h.expectedWait(h.places.Add(1)); wait > h.maxWait {
+		h.places.Add(-1)
+		return nil, &failure{problem: errHashBusy, retryAfter: wait - h.maxWait}
+	}
+	return &place{h: h}, nil
+}
+
+// leave gives the place up; it may be called more than once.
+func (p *place) leave() { p.left.Do(func() { p.h.places.Add(-1) }) }
+
+// run waits for a slot and runs compute in it. It returns errHashBusy when no
+// slot came free in time, or ctx's error when the client went away; then
+// compute has not run.
+func (p *place) run(ctx context.Context, compute func()) error {
+	begun := time.Now()
+	timeout := time.NewTimer(p.h.maxWait)
+	defer timeout.Stop()
+	select {
+	case p.h.slots <- struct{}{}:
+	case <-timeout.C:
+		return errHashBusy
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	defer func() {
+		runtime.GC()
+		<-p.h.slots
+		p.leave()
+	}()
+	p.h.idle.Store(false)
+	waited := time.Since(begun)
+	begun = time.Now()
+	p.h.metrics.hashesInFlight.Inc()
+	defer p.h.metrics.hashesInFlight.Dec()
+	compute()
+	took := time.Since(begun)
+	p.h.perHash.Store((7*p.h.perHash.Load() + int64(took)) / 8) // a lost update does no harm
+	p.h.metrics.hashWait.Observe(waited.Seconds())
+	p.h.metrics.hashDuration.Observe(took.Seconds())
+	return nil
+}
+
+// hash makes the PHC string of a new password.
+func (p *place) hash(ctx context.Context, password string) (phc string, err error) {
+	salt := make([]byte, saltBytes)
+	rand.Read(salt)
+	err = p.run(ctx, func() { phc = p.h.params.phc(password, salt) })
+	return phc, err
+}
+
+// verify tells whether the password is the one that phc was made from. When
+// phc is empty or not acceptable, a hash of today's cost is computed all the
+// same and nothing matches: an unknown e-mail and a known one take the same
+// time. With a match, rehash is the password's new hash if phc was made with
+// other costs than today's.
+func (p *place) verify(ctx context.Context, phc, password string) (match bool, rehash string, err error) {
+	params, salt, want, parseErr := parsePHC(phc)
+	if parseErr == nil && params.MemoryKiB > 4*p.h.params.MemoryKiB {
+		parseErr = errCost
+	}
+	if parseErr != nil || len(password) > maxPassword {
+		params, salt, want = p.h.params, make([]byte, saltBytes), make([]byte, hashBytes)
+		password = ""
+	}
+	err = p.run(ctx, func() {
+		got := argon2.IDKey([]byte(password), salt, params.Iterations, params.MemoryKiB, uint8(params.Parallelism), uint32(len(want)))
+		match = subtle.ConstantTimeCompare(got, want) == 1 && parseErr == nil && password != ""
+		if match && params != p.h.params {
+			fresh := make([]byte, saltBytes)
+			rand.Read(fresh)
+			rehash = p.h.params.phc(password, fresh)
+		}
+	})
+	if err == nil && phc != "" && parseErr != nil {
+		err = parseErr
+	}
+	return match, rehash, err
+}
+
+// Errors of parsePHC and verify: the stored hash cannot be checked. The answer
+// to the client is that of a wrong password.
+var (
+	errPHC  = errors.New("password hash is not a canonical argon2id PHC string")
+	errCost = errors.New("password hash asks for more than four times today's memory")
+)
+
+// phc hashes password and writes the PHC string.
+func (a Argon2Params) phc(password string, salt []byte) string {
+	key := argon2.IDKey([]byte(password), salt, a.Iterations, a.MemoryKiB, uint8(a.Parallelism), hashBytes)
+	return formatPHC(a, salt, key)
+}
+
+func formatPHC(a Argon2Params, salt, key []byte) string {
+	b64 := base64.RawStdEncoding
+	return fmt.Sprintf("$argon2id$v=%d$m=%d,t=%d,p=%d$%s$%s", argon2.Version, a.MemoryKiB, a.Iterations, a.Parallelism,
+		b64.EncodeToString(salt), b64.EncodeToString(key))
+}
+
+// parsePHC accepts exactly what formatPHC writes, within bounds: 8 to 64 bytes
+// of salt, 16 to 64 of hash, at most 64 iterations.
+func parsePHC(s string) (a Argon2Params, salt, key []byte, err error) {
+	parts := strings.Split(s, "$")
+	if len(s) > 256 || len(parts) != 6 {
+		return a, nil, nil, errPHC
+	}
+	costs := strings.Split(parts[3], ",")
+	if len(costs) != 3 {
+		return a, nil, nil, errPHC
+	}
+	for i, field := range []struct {
+		prefix string
+		value  *uint32
+		max    uint64
+	}{{"m=", &a.MemoryKiB, 4 << 20}, {"t=", &a.Iterations, 64}, {"p=", &a.Parallelism, 255}} {
+		digits, ok := strings.CutPrefix(costs[i], field.prefix)
+		n, perr := strconv.ParseUint(digits, 10, 32)
+		if !ok || perr != nil || n < 1 || n > field.max {
+			return a, nil, nil, errPHC
+		}
+		*field.value = uint32(n)
+	}
+	b64 := base64.RawStdEncoding.Strict()
+	salt, saltErr := b64.DecodeString(parts[4])
+	key, keyErr := b64.DecodeString(parts[5])
+	if saltErr != nil || keyErr != nil || len(salt) < 8 || len(salt) > 64 || len(key) < 16 || len(key) > 64 ||
+		formatPHC(a, salt, key) != s {
+		return a, nil, nil, errPHC
+	}
+	return a, salt, key, nil
+}
+
+// freeWhenIdle gives memory back to the system once hashing has paused.
+func (h *hasher) freeWhenIdle(ctx context.Context) {
+	tick := time.NewTicker(5 * time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			if h.places.Load() == 0 && !h.idle.Swap(true) {
+				debug.FreeOSMemory()
+			}
+		}
+	}
+}
+
+// turns lets only so many requests of one (tenant, e-mail) into the hash queue
+// of this process at a time; the others wait here for their turn, in order of
+// arrival, without a place, a slot or a connection. This is what makes 20
+// parallel good logins of one account succeed without taking everybody's
+// places, and bounds what one account's attackers hold.
+type turns struct {
+	perKey int
+	hasher *hasher
+
+	mu   sync.Mutex
+	keys map[string]*turn // entries live as long as someone is inside or waits
+}
+
+type turn struct {
+	inside chan struct{}
+	users  int // inside or waiting; guarded by turns.mu
+}
+
+func newTurns(perKey int, h *hasher) *turns {
+	return &turns{perKey: perKey, hasher: h, keys: map[string]*turn{}}
+}
+
+// enter waits for the key's turn. It refuses at once when so many wait already
+// that the turn could not come within the request's deadline.
+func (t *turns) enter(ctx context.Context, key string) (leave func(), err error) {
+	t.mu.Lock()
+	k := t.keys[key]
+	if k == nil {
+		k = &turn{inside: make(chan struct{}, t.perKey)}
+		t.keys[key] = k
+	}
+	if ahead := int64(k.users - t.perKey); ahead >= 0 {
+		pace := int64(min(t.perKey, cap(t.hasher.slots))) // hashes of this key that run side by side
+		if wait := time.Duration((ahead + pace) / pace * t.hasher.perHash.Load()); wait > longestTurn {
+			t.mu.Unlock()
+			return nil, &failure{problem: errHashBusy, retryAfter: wait - longestTurn}
+		}
+	}
+	k.users++
+	t.mu.Unlock()
+
+	done := func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		if k.users--; k.users == 0 {
+			delete(t.keys, key)
+		}
+	}
+	select {
+	case k.inside <- struct{}{}:
+		return func() { <-k.inside; done() }, nil
+	case <-ctx.Done():
+		done()
+		return nil, errHashBusy
+	}
+}
+
+// longestTurn leaves a request that has waited time for its own hash within
+// requestTimeout.
+const longestTurn = requestTimeout * 7 / 10

@@ -1,0 +1,77 @@
+package auth
+
+import (
+	"context"
+	"net/http"
+	"sync/atomic"
+	"time"
+)
+
+// health is what the probes answer from. A loop asks the dependencies once a
+// second; probes read the last answer and cost them nothing.
+type health struct {
+	db       atomic.Bool
+	nats     atomic.Bool
+	draining atomic.Bool
+}
+
+type liveResponse struct {
+	Status string `json:"status"`
+}
+
+type readyResponse struct {
+	Status string            `json:"status"`
+	Checks map[string]string `json:"checks"`
+}
+
+func (s *Server) handleLive(w http.ResponseWriter, r *http.Request) {
+	writeJSON(w, http.StatusOK, liveResponse{"live"})
+}
+
+func (s *Server) handleReady(w http.ResponseWriter, r *http.Request) {
+	dbUp, natsUp := s.health.db.Load(), s.health.nats.Load()
+	word := map[bool]string{true: "up", false: "down"}
+	answer := readyResponse{"ready", map[string]string{"db": word[dbUp], "nats": word[natsUp]}}
+	status := http.StatusOK
+	if !dbUp || !natsUp && s.cfg.ReadyRequiresNATS || s.health.draining.Load() {
+		answer.Status, status = "not_ready", http.StatusServiceUnavailable
+		w.Header().Set("Retry-After", "1")
+	}
+	writeJSON(w, status, answer)
+}
+
+// BeginShutdown makes the service not ready, so that load balancers send no
+// more requests.
+func (s *Server) BeginShutdown() { s.health.draining.Store(true) }
+
+// watchDependencies keeps health and its metrics current until ctx is done.
+func (s *Server) watchDependencies(ctx context.Context, events EventBus) {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		s.probe(ctx, events)
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+func (s *Server) probe(ctx context.Context, events EventBus) {
+	probeCtx, cancel := context.WithTimeout(ctx, 1500*time.Millisecond)
+	defer cancel()
+	err := s.store.Probe(probeCtx)
+	if ctx.Err() != nil {
+		return // stopping, not an outage
+	}
+	s.noteDependency("db", &s.health.db, err == nil && s.schemaReady.Load())
+	s.noteDependency("nats", &s.health.nats, events.Up())
+}
+
+func (s *Server) noteDependency(dep string, state *atomic.Bool, up bool) {
+	s.metrics.dependency(dep, up)
+	if state.Swap(up) != up {
+		s.log.Warn(logDependency, "dep", dep, "up", up)
+	}
+}

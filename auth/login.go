@@ -1,0 +1,145 @@
+package auth
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"math/rand/v2"
+	"time"
+
+	"github.com/7d-solutions/identity-auth/db"
+)
+
+type loginRequest struct{ TenantID, Email, Password string }
+
+func (r *loginRequest) members() []member {
+	return []member{
+		{name: "tenant_id", text: &r.TenantID},
+		{name: "email", text: &r.Email},
+		{name: "password", text: &r.Password},
+	}
+}
+
+// login checks one password. An unknown e-mail, a wrong or over-long password
+// and a disabled account take the same statements, one hash and the same
+// answer; only what is written at the end differs in a column.
+func (s *Server) login(ctx context.Context, c caller, in loginRequest) (tokenResponse, error) {
+	tenant, err := db.ParseTenantID(in.TenantID)
+	if err != nil {
+		return tokenResponse{}, invalidFields(fieldError{"tenant_id", "not_a_uuid"})
+	}
+	c.rec.tenant = tenant
+	email, sent := db.LookupEmail(in.Email)
+
+	// The token of LOGIN_FAILURES_PER_HOUR_PER_IP is taken before the check and
+	// given back unless the password was wrong: parallel guesses cannot slip by.
+	if ok, wait := s.ipFailures.take(c.addr); !ok {
+		return tokenResponse{}, rateLimited("ip", wait)
+	}
+	wrongPassword := false
+	defer func() {
+		if !wrongPassword {
+			s.ipFailures.giveBack(c.addr)
+		}
+	}()
+
+	leave, err := s.turns.enter(ctx, tenant.String()+sent)
+	if err != nil {
+		return tokenResponse{}, err
+	}
+	defer leave()
+	place, err := s.hasher.queue()
+	if err != nil {
+		return tokenResponse{}, err
+	}
+	defer place.leave()
+
+	guess, err := s.reserveGuess(ctx, c, tenant, email, sent)
+	if err != nil {
+		return tokenResponse{}, err
+	}
+	c.rec.user = guess.Account.User
+	match, rehash, err := place.verify(ctx, guess.Account.PasswordHash, in.Password)
+
+	// From here on the outcome is recorded even if the client hangs up: a guess
+	// that was checked counts, whoever still listens.
+	ctx = context.WithoutCancel(ctx)
+	switch {
+	case errors.Is(err, errPHC), errors.Is(err, errCost):
+		s.sampler.line(ctx, slog.LevelError, logHashBad, "", append(c.rec.attrs(c.origin), slog.String("err", err.Error()))...)
+		match = false
+	case err != nil: // no slot in time, or the client left the queue: never checked
+		return tokenResponse{}, errors.Join(err, s.store.ReleaseGuess(ctx, guess))
+	}
+	if !match || guess.Account.Disabled {
+		wrongPassword = true
+		return tokenResponse{}, s.failGuess(ctx, c, guess)
+	}
+	token := newRefreshToken()
+	session, outcome, err := s.store.CompleteLogin(ctx, guess, rehash,
+		db.NewSession{ID: token.session, FamilyHash: token.familyHash(), StepHash: token.stepHash()}, c.origin)
+	if err != nil {
+		return tokenResponse{}, err
+	}
+	switch outcome {
+	case db.LoginCompleted:
+		c.rec.session = session.ID
+		return s.issue(session, token)
+	case db.LoginChanged: // the password that was right is the account's no more
+		wrongPassword = true
+		return tokenResponse{}, s.failGuess(ctx, c, guess)
+	case db.LoginLapsed: // counted as wrong already, since it took too long
+		return tokenResponse{}, errHashBusy
+	}
+	return tokenResponse{}, errInternal // unreachable: the outcomes are a closed list
+}
+
+// reserveGuess asks for the right to check one password. While other guesses
+// under way could reach the threshold it waits for them, within the request's
+// deadline.
+func (s *Server) reserveGuess(ctx context.Context, c caller, tenant db.TenantID, email db.Email, sent string) (*db.Guess, error) {
+	for spend := true; ; spend = false {
+		r, err := s.store.ReserveGuess(ctx, tenant, email, sent, spend, c.origin)
+		if err != nil {
+			return nil, err
+		}
+		switch r.Outcome {
+		case db.GuessReserved:
+			return r.Guess, nil
+		case db.GuessLimited:
+			return nil, rateLimited("email", r.RetryAfter)
+		case db.GuessLockedNow:
+			s.tellLockout(ctx, c)
+			return nil, &failure{problem: errLocked, retryAfter: r.RetryAfter}
+		case db.GuessLocked:
+			return nil, &failure{problem: errLocked, retryAfter: r.RetryAfter}
+		}
+		// No room. Room comes when a guess of any replica is settled; asking
+		// again costs less than a channel between replicas.
+		again := time.NewTimer(30*time.Millisecond + rand.N(40*time.Millisecond))
+		select {
+		case <-again.C:
+		case <-ctx.Done():
+			again.Stop()
+			return nil, errHashBusy
+		}
+	}
+}
+
+// failGuess counts a wrong guess and returns the answer. When the count could
+// not be written the answer is an outage: it says nothing about the password.
+func (s *Server) failGuess(ctx context.Context, c caller, guess *db.Guess) error {
+	lockedNow, err := s.store.FailGuess(ctx, guess, c.origin)
+	if err != nil {
+		return err
+	}
+	if lockedNow {
+		s.tellLockout(ctx, c)
+	}
+	return errInvalidCredentials
+}
+
+func (s *Server) tellLockout(ctx context.Context, c caller) {
+	s.metrics.lockouts.Inc()
+	s.sampler.line(ctx, slog.LevelWarn, logLockout, "", c.rec.attrs(c.origin)...)
+}

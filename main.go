@@ -1,0 +1,445 @@
+// Command identity-auth is the authentication service. See README.md.
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/7d-solutions/identity-auth/auth"
+	"github.com/7d-solutions/identity-auth/db"
+	"github.com/7d-solutions/identity-auth/migrate"
+	"github.com/7d-solutions/identity-auth/natsbus"
+	"github.com/7d-solutions/identity-auth/sql"
+)
+
+// Stamped by the linker.
+var (
+	version = "dev"
+	commit  = "unknown"
+)
+
+// Exit codes.
+const (
+	exitOK      = 0
+	exitFailure = 1 // at run time
+	exitUsage   = 2 // bad usage or bad configuration
+)
+
+const usage = `usage: identity-auth [command]
+
+  serve            apply migrations (MIGRATE_ON_START) and serve; the default
+  migrate          apply migrations
+  migrate status   list migrations
+  healthcheck      ask the local /health/ready; exit 0 or 1
+  keygen DIR       make an RSA-3072 pair, DIR/private.pem and DIR/public.pem
+  version          print version, commit and Go version
+
+Configuration is by environment variables: see README.md.
+`
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	code := run(ctx, os.Args[1:], os.LookupEnv, os.Stdout, os.Stderr)
+	stop()
+	os.Exit(code)
+}
+
+// run is the whole program but for the process: ctx ends when it shall stop.
+func run(ctx context.Context, args []string, lookup func(string) (string, bool), stdout, stderr io.Writer) int {
+	if len(args) == 0 {
+		args = []string{"serve"}
+	}
+	flags := flag.NewFlagSet("identity-auth", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+		fmt.Fprint(stdout, usage)
+		return exitOK
+	} else if err != nil || flags.NArg() == 0 {
+		fmt.Fprint(stderr, usage)
+		return exitUsage
+	}
+	switch command, rest := flags.Arg(0), flags.Args()[1:]; {
+	case command == "serve" && len(rest) == 0:
+		return serve(ctx, lookup, stdout, stderr)
+	case command == "migrate" && len(rest) == 0:
+		return migrateNow(ctx, lookup, stdout, stderr)
+	case command == "migrate" && len(rest) == 1 && rest[0] == "status":
+		return migrateStatus(ctx, lookup, stdout, stderr)
+	case command == "healthcheck" && len(rest) == 0:
+		return healthcheck(ctx, lookup, stderr)
+	case command == "keygen" && len(rest) == 1:
+		return keygen(rest[0], stdout, stderr)
+	case command == "version" && len(rest) == 0:
+		b := auth.ReadBuild(version, commit)
+		fmt.Fprintf(stdout, "identity-auth %s commit %s %s\n", b.Version, b.Revision, b.GoVersion)
+		return exitOK
+	case command == "help" && len(rest) == 0:
+		fmt.Fprint(stdout, usage)
+		return exitOK
+	}
+	fmt.Fprint(stderr, usage)
+	return exitUsage
+}
+
+// runtimeReserve is what the process may hold besides the hash buffers before
+// the runtime collects harder: RSS stays within slots x memory + 64 MiB.
+const runtimeReserve = 32 << 20
+
+// serve wires the service in the order of dependency and stops it in the
+// opposite order.
+func serve(ctx context.Context, lookup func(string) (string, bool), stdout, stderr io.Writer) int {
+	cfg, err := auth.LoadConfig(lookup)
+	if err != nil {
+		return usageError(stderr, err)
+	}
+	log := auth.NewLogger(stdout, cfg.LogLevel)
+	migrations, err := migrate.Load(sql.FS)
+	if err != nil { // unreachable in a tested build
+		return failed(log, err)
+	}
+	debug.SetMemoryLimit(int64(cfg.MaxConcurrentHashes)*int64(cfg.Argon2.MemoryKiB)*1024 + runtimeReserve)
+
+	store, err := db.Open(cfg.DatabaseURL.Reveal(), cfg.DatabaseMaxConnections, db.Rules{
+		LoginPerMinute: cfg.LoginPerMinute, RefreshPerMinute: cfg.RefreshPerMinute,
+		LockoutThreshold: cfg.LockoutThreshold, LockoutDuration: cfg.LockoutDuration,
+		AccessTokenTTL: cfg.AccessTokenTTL, RefreshTokenTTL: cfg.RefreshTokenTTL, SessionMaxAge: cfg.SessionMaxAge,
+		ReuseGrace: cfg.ReuseGrace, MaxSessions: cfg.MaxSessions,
+		SessionRetention: cfg.SessionRetention, OutboxRetention: cfg.OutboxRetention,
+	})
+	if err != nil {
+		return usageError(stderr, fmt.Errorf("DATABASE_URL: %w", err))
+	}
+	defer store.Close()
+	schemaReady := new(atomic.Bool)
+	srv := auth.New(cfg, store, schemaReady, auth.ReadBuild(version, commit), log)
+	bus, err := natsbus.New(natsbus.Config{
+		URL: cfg.NATSURL.Reveal(), CredsFile: cfg.NATSCredsFile, CAFile: cfg.NATSCAFile,
+		Replicas: cfg.NATSStreamReplicas, SecretsMaxAge: cfg.PasswordResetTTL,
+	}, store, log, srv.Metrics())
+	if err != nil {
+		return usageError(stderr, fmt.Errorf("NATS_URL: %w", err))
+	}
+	listeners, err := listen(cfg, srv)
+	if err != nil {
+		return failed(log, err)
+	}
+	auth.WarnOfWeakness(cfg, store.PlaintextRemote(), log)
+
+	background, stopBackground := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopBackground()
+	fatal := make(chan error, len(listeners)+1)
+	var loops sync.WaitGroup
+	loops.Go(func() { srv.Run(background, bus) })
+	loops.Go(func() { bus.Run(background) })
+	loops.Go(func() {
+		if err := prepareSchema(background, cfg, migrations, schemaReady, log); err != nil {
+			fatal <- err
+		}
+	})
+	loops.Go(func() { reloadOnHangup(background, lookup, srv, log) })
+	var servers []*http.Server
+	for _, l := range listeners {
+		server := auth.NewHTTPServer(l.handler, log)
+		servers = append(servers, server)
+		go func() { fatal <- server.Serve(l.Listener) }()
+	}
+	log.Info("service.started", "version", version, "addr", listeners[0].Addr().String())
+
+	code := exitOK
+	select {
+	case <-ctx.Done():
+	case err := <-fatal:
+		code = failed(log, err)
+	}
+	log.Info("service.stopping")
+	srv.BeginShutdown()
+	if code == exitOK {
+		time.Sleep(cfg.ShutdownDelay) // load balancers notice; requests are served meanwhile
+	}
+	drain, cancel := context.WithTimeout(context.Background(), cfg.ShutdownTimeout)
+	defer cancel()
+	for _, server := range servers {
+		if err := server.Shutdown(drain); err != nil {
+			server.Close()
+		}
+	}
+	if err := bus.Flush(drain); err != nil {
+		log.Warn("outbox.flush_failed", "err", err) // the rows wait for another replica or the next start
+	}
+	stopBackground()
+	loops.Wait()
+	log.Info("service.stopped")
+	return code
+}
+
+func usageError(stderr io.Writer, err error) int {
+	fmt.Fprintf(stderr, "identity-auth: bad configuration\n%v\n", err)
+	return exitUsage
+}
+
+func failed(log *slog.Logger, err error) int {
+	log.Error("service.failed", "err", err)
+	return exitFailure
+}
+
+type listener struct {
+	net.Listener
+	handler http.Handler
+}
+
+// listen opens the ports: first PORT, then ADMIN_ADDR if it is set.
+func listen(cfg auth.Config, srv *auth.Server) ([]listener, error) {
+	main, err := net.Listen("tcp", net.JoinHostPort(cfg.Host, cfg.Port))
+	if err != nil {
+		return nil, err
+	}
+	if cfg.TLSCertificate != nil {
+		main = tls.NewListener(main, srv.TLSConfig())
+	}
+	listeners := []listener{{main, srv.Handler()}}
+	if cfg.AdminAddr != "" {
+		admin, err := net.Listen("tcp", cfg.AdminAddr)
+		if err != nil {
+			return nil, errors.Join(err, main.Close())
+		}
+		listeners = append(listeners, listener{admin, srv.AdminHandler()})
+	}
+	return listeners, nil
+}
+
+// prepareSchema brings the database's schema up to the binary's, or with
+// MIGRATE_ON_START=false waits until someone has. PostgreSQL may be away: it
+// tries until ctx is done. Only a changed migration is an error.
+func prepareSchema(ctx context.Context, cfg auth.Config, ms []migrate.Migration, ready *atomic.Bool, log *slog.Logger) error {
+	for {
+		applied, err := tryPrepareSchema(ctx, cfg, ms)
+		if len(applied) > 0 {
+			log.Info("migrate.applied", "count", len(applied), "last", applied[len(applied)-1].String())
+		}
+		switch {
+		case err == nil:
+			ready.Store(true)
+			return nil
+		case errors.Is(err, migrate.ErrChanged):
+			return err
+		case ctx.Err() != nil:
+			return nil
+		}
+		log.Warn("migrate.failed", "err", err)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(time.Second):
+		}
+	}
+}
+
+func tryPrepareSchema(ctx context.Context, cfg auth.Config, ms []migrate.Migration) ([]migrate.Migration, error) {
+	conn, err := db.Connect(ctx, cfg.DatabaseURL.Reveal())
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
+	if cfg.MigrateOnStart {
+		return migrate.Apply(ctx, conn, ms)
+	}
+	pending, err := migrate.Pending(ctx, conn, ms)
+	if err == nil && len(pending) > 0 {
+		err = fmt.Errorf("MIGRATE_ON_START=false and %d migrations are pending", len(pending))
+	}
+	return nil, err
+}
+
+// reloadOnHangup takes over a configuration read again at each SIGHUP. A bad
+// one is told and changes nothing.
+func reloadOnHangup(ctx context.Context, lookup func(string) (string, bool), srv *auth.Server, log *slog.Logger) {
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	defer signal.Stop(hangup)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-hangup:
+		}
+		cfg, err := auth.LoadConfig(lookup)
+		if err == nil {
+			err = srv.Reload(cfg)
+		}
+		if err != nil {
+			log.Error("config.reload_failed", "err", err)
+			continue
+		}
+		log.Info("config.reloaded", "kid", cfg.Keys.Signer.KeyID())
+	}
+}
+
+// withDatabase runs f on a connection of its own for the migrate commands.
+func withDatabase(ctx context.Context, lookup func(string) (string, bool), stderr io.Writer, f func(*db.Conn, []migrate.Migration) error) int {
+	cfg, err := auth.LoadSome(lookup, "DATABASE_URL")
+	if err != nil {
+		return usageError(stderr, err)
+	}
+	ms, err := migrate.Load(sql.FS)
+	if err == nil {
+		var conn *db.Conn
+		if conn, err = db.Connect(ctx, cfg.DatabaseURL.Reveal()); err == nil {
+			defer conn.Close(context.WithoutCancel(ctx))
+			err = f(conn, ms)
+		}
+	}
+	if err != nil {
+		fmt.Fprintln(stderr, "identity-auth:", err)
+		return exitFailure
+	}
+	return exitOK
+}
+
+func migrateNow(ctx context.Context, lookup func(string) (string, bool), stdout, stderr io.Writer) int {
+	return withDatabase(ctx, lookup, stderr, func(conn *db.Conn, ms []migrate.Migration) error {
+		applied, err := migrate.Apply(ctx, conn, ms)
+		for _, m := range applied {
+			fmt.Fprintln(stdout, "applied", m)
+		}
+		if err == nil && len(applied) == 0 {
+			fmt.Fprintln(stdout, "nothing to apply")
+		}
+		return err
+	})
+}
+
+func migrateStatus(ctx context.Context, lookup func(string) (string, bool), stdout, stderr io.Writer) int {
+	return withDatabase(ctx, lookup, stderr, func(conn *db.Conn, ms []migrate.Migration) error {
+		states, err := migrate.Status(ctx, conn, ms)
+		for _, st := range states {
+			fmt.Fprintln(stdout, st)
+		}
+		return err
+	})
+}
+
+// healthcheck is for containers without a shell: exit 0 when ready.
+func healthcheck(ctx context.Context, lookup func(string) (string, bool), stderr io.Writer) int {
+	ctx, cancel := context.WithTimeout(ctx, 4*time.Second)
+	defer cancel()
+	cfg, err := auth.LoadSome(lookup, "HOST", "PORT", "TLS_CERT_FILE")
+	if err != nil {
+		return usageError(stderr, err)
+	}
+	if err := askReady(ctx, cfg); err != nil {
+		fmt.Fprintln(stderr, "identity-auth:", err)
+		return exitFailure
+	}
+	return exitOK
+}
+
+func askReady(ctx context.Context, cfg auth.Config) error {
+	host, scheme, transport := cfg.Host, "http", &http.Transport{}
+	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
+		host = "127.0.0.1"
+	}
+	if cfg.TLSCertFile != "" {
+		// The service's own certificate is the only one believed.
+		leaf, err := readCertificate(cfg.TLSCertFile)
+		if err != nil {
+			return err
+		}
+		roots := x509.NewCertPool()
+		roots.AddCert(leaf)
+		scheme, transport.TLSClientConfig = "https", &tls.Config{RootCAs: roots, ServerName: host}
+		if len(leaf.DNSNames) > 0 {
+			transport.TLSClientConfig.ServerName = leaf.DNSNames[0]
+		}
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, scheme+"://"+net.JoinHostPort(host, cfg.Port)+"/health/ready", nil)
+	if err != nil {
+		return err
+	}
+	resp, err := (&http.Client{Transport: transport}).Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("not ready: %s", resp.Status)
+	}
+	return nil
+}
+
+func readCertificate(path string) (*x509.Certificate, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	block, _ := pem.Decode(b)
+	if block == nil {
+		return nil, errors.New("TLS_CERT_FILE holds no PEM certificate")
+	}
+	return x509.ParseCertificate(block.Bytes)
+}
+
+// keygen makes a fresh pair. It never overwrites: O_EXCL makes the check and
+// the act one call.
+func keygen(dir string, stdout, stderr io.Writer) int {
+	err := func() error {
+		key, err := rsa.GenerateKey(rand.Reader, 3072)
+		if err != nil {
+			return err
+		}
+		private, err := x509.MarshalPKCS8PrivateKey(key)
+		if err != nil {
+			return err
+		}
+		public, err := x509.MarshalPKIXPublicKey(&key.PublicKey)
+		if err != nil {
+			return err
+		}
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return err
+		}
+		if err := writeNew(filepath.Join(dir, "private.pem"), 0o600, &pem.Block{Type: "PRIVATE KEY", Bytes: private}); err != nil {
+			return err
+		}
+		err = writeNew(filepath.Join(dir, "public.pem"), 0o644, &pem.Block{Type: "PUBLIC KEY", Bytes: public})
+		if err != nil { // half a pair helps nobody
+			return errors.Join(err, os.Remove(filepath.Join(dir, "private.pem")))
+		}
+		return nil
+	}()
+	if err != nil {
+		fmt.Fprintln(stderr, "identity-auth:", err)
+		return exitFailure
+	}
+	fmt.Fprintf(stdout, "wrote %s and %s\n", filepath.Join(dir, "private.pem"), filepath.Join(dir, "public.pem"))
+	return exitOK
+}
+
+func writeNew(path string, mode os.FileMode, block *pem.Block) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
+	if err != nil {
+		return err
+	}
+	if err := pem.Encode(f, block); err != nil {
+		return errors.Join(err, f.Close())
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
