@@ -58,9 +58,8 @@ Configuration is by environment variables: see README.md.
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
-	code := run(ctx, os.Args[1:], os.LookupEnv, os.Stdout, os.Stderr)
-	stop()
-	os.Exit(code)
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
+	os.Exit(run(ctx, os.Args[1:], os.LookupEnv, os.Stdout, os.Stderr))
 }
 
 // run is the whole program but for the process: ctx ends when it shall stop.
@@ -131,13 +130,13 @@ func serve(ctx context.Context, lookup func(string) (string, bool), stdout, stde
 	defer store.Close()
 	schemaReady := new(atomic.Bool)
 	srv := auth.New(cfg, store, schemaReady, auth.ReadBuild(version, commit), log)
-	bus, err := natsbus.New(natsbus.Config{
-		URL: cfg.NATSURL.Reveal(), CredsFile: cfg.NATSCredsFile, CAFile: cfg.NATSCAFile,
-		Replicas: cfg.NATSStreamReplicas, SecretsMaxAge: cfg.PasswordResetTTL,
-	}, store, log, srv.Metrics())
+	bus, err := natsbus.New(natsConfig(cfg), store, log, natsbus.Observer{Published: srv.EventPublished, PublishFailed: srv.EventPublishFailed})
 	if err != nil {
 		return usageError(stderr, fmt.Errorf("NATS_URL: %w", err))
 	}
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP) // before the ports open: its default is to end the process
+	defer signal.Stop(hangup)
 	listeners, err := listen(cfg, srv)
 	if err != nil {
 		return failed(log, err)
@@ -155,7 +154,7 @@ func serve(ctx context.Context, lookup func(string) (string, bool), stdout, stde
 			fatal <- err
 		}
 	})
-	loops.Go(func() { reloadOnHangup(background, lookup, srv, log) })
+	loops.Go(func() { reloadOnHangup(background, hangup, lookup, srv, bus, log) })
 	var servers []*http.Server
 	for _, l := range listeners {
 		server := auth.NewHTTPServer(l.handler, log)
@@ -189,6 +188,13 @@ func serve(ctx context.Context, lookup func(string) (string, bool), stdout, stde
 	loops.Wait()
 	log.Info("service.stopped")
 	return code
+}
+
+func natsConfig(cfg auth.Config) natsbus.Config {
+	return natsbus.Config{
+		URL: cfg.NATSURL.Reveal(), CredsFile: cfg.NATSCredsFile, CAFile: cfg.NATSCAFile,
+		Replicas: cfg.NATSStreamReplicas, SecretsMaxAge: cfg.PasswordResetTTL,
+	}
 }
 
 func usageError(stderr io.Writer, err error) int {
@@ -271,10 +277,7 @@ func tryPrepareSchema(ctx context.Context, cfg auth.Config, ms []migrate.Migrati
 
 // reloadOnHangup takes over a configuration read again at each SIGHUP. A bad
 // one is told and changes nothing.
-func reloadOnHangup(ctx context.Context, lookup func(string) (string, bool), srv *auth.Server, log *slog.Logger) {
-	hangup := make(chan os.Signal, 1)
-	signal.Notify(hangup, syscall.SIGHUP)
-	defer signal.Stop(hangup)
+func reloadOnHangup(ctx context.Context, hangup <-chan os.Signal, lookup func(string) (string, bool), srv *auth.Server, bus *natsbus.Bus, log *slog.Logger) {
 	for {
 		select {
 		case <-ctx.Done():
@@ -284,6 +287,9 @@ func reloadOnHangup(ctx context.Context, lookup func(string) (string, bool), srv
 		cfg, err := auth.LoadConfig(lookup)
 		if err == nil {
 			err = srv.Reload(cfg)
+		}
+		if err == nil {
+			err = bus.Reload(natsConfig(cfg))
 		}
 		if err != nil {
 			log.Error("config.reload_failed", "err", err)

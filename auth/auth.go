@@ -114,8 +114,15 @@ func (s *Server) TLSConfig() *tls.Config {
 	}
 }
 
-// Metrics counts what the relay does.
-func (s *Server) Metrics() *metrics { return s.metrics }
+// EventPublished counts an acknowledged event.
+func (s *Server) EventPublished(eventType string) {
+	s.metrics.published.WithLabelValues(eventType).Inc()
+}
+
+// EventPublishFailed counts a failed attempt to publish an event.
+func (s *Server) EventPublishFailed(eventType string) {
+	s.metrics.publishFailures.WithLabelValues(eventType).Inc()
+}
 
 // Reload takes over the keys, tokens, certificate and block list of a configuration that
 // was read again. A set of keys that verifiers would stumble over is refused

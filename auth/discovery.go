@@ -24,15 +24,14 @@ func (s *Server) handleOpenAPI(w http.ResponseWriter, r *http.Request) {
 // metadata is what standard verifiers need (RFC 8414, OpenID Connect Discovery
 // 1.0). There is no authorization endpoint and no grant, and it says so.
 type metadata struct {
-	Issuer               string   `json:"issuer"`
-	JWKSURI              string   `json:"jwks_uri"`
-	ResponseTypes        []string `json:"response_types_supported"`
-	GrantTypes           []string `json:"grant_types_supported"`
-	SubjectTypes         []string `json:"subject_types_supported"`
-	IDTokenSigningAlgs   []string `json:"id_token_signing_alg_values_supported"`
-	TokenEndpointAuth    []string `json:"token_endpoint_auth_methods_supported"`
-	ClaimsSupported      []string `json:"claims_supported"`
-	ServiceDocumentation string   `json:"service_documentation,omitempty"`
+	Issuer             string   `json:"issuer"`
+	JWKSURI            string   `json:"jwks_uri"`
+	ResponseTypes      []string `json:"response_types_supported"`
+	GrantTypes         []string `json:"grant_types_supported"`
+	SubjectTypes       []string `json:"subject_types_supported"`
+	IDTokenSigningAlgs []string `json:"id_token_signing_alg_values_supported"`
+	TokenEndpointAuth  []string `json:"token_endpoint_auth_methods_supported"`
+	ClaimsSupported    []string `json:"claims_supported"`
 }
 
 // newMetadata is nil when the issuer is no http(s) URL: then no verifier could

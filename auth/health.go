@@ -2,6 +2,7 @@ package auth
 
 import (
 	"context"
+	"log/slog"
 	"net/http"
 	"sync/atomic"
 	"time"
@@ -71,7 +72,12 @@ func (s *Server) probe(ctx context.Context, events EventBus) {
 
 func (s *Server) noteDependency(dep string, state *atomic.Bool, up bool) {
 	s.metrics.dependency(dep, up)
-	if state.Swap(up) != up {
-		s.log.Warn(logDependency, "dep", dep, "up", up)
+	if state.Swap(up) == up {
+		return
 	}
+	level := slog.LevelInfo
+	if !up {
+		level = slog.LevelWarn
+	}
+	s.log.Log(context.Background(), level, logDependency, "dep", dep, "up", up)
 }

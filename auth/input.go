@@ -14,19 +14,18 @@ import (
 // is not printable (controls, line separators, bidirectional overrides,
 // invalid UTF-8) replaced by U+FFFD, so that it cannot forge or hide a line.
 func clientText(s string, limit int) string {
-	if len(s) > limit {
-		cut := limit
-		for cut > 0 && !utf8.RuneStart(s[cut]) {
-			cut--
-		}
-		s = s[:cut]
-	}
-	return strings.Map(func(r rune) rune {
+	s = s[:min(len(s), limit)]
+	s = strings.Map(func(r rune) rune {
 		if !unicode.IsPrint(r) {
 			return utf8.RuneError
 		}
 		return r
 	}, s)
+	for len(s) > limit { // replacements are longer than what they replace
+		_, last := utf8.DecodeLastRuneInString(s)
+		s = s[:len(s)-last]
+	}
+	return s
 }
 
 const maxUserAgent = 256 // bytes of a User-Agent that are kept

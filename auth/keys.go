@@ -29,11 +29,8 @@ func newKeyRing(pems map[string]string) (KeyRing, []error) {
 	var keys []jwt.Key
 	add := func(role, keyName, kidName string) (jwt.Key, bool) {
 		pem, kid := pems[keyName], pems[kidName]
-		if (pem == "") != (kid == "") {
-			if role != "current" { // a missing required variable is named already
-				errs = append(errs, fmt.Errorf("%s, %s: set both or none", keyName, kidName))
-			}
-			return jwt.Key{}, false
+		if (pem == "") != (kid == "") && role != "current" { // a missing required variable is named already
+			errs = append(errs, fmt.Errorf("%s, %s: set both or none", keyName, kidName))
 		}
 		if pem == "" {
 			return jwt.Key{}, false
@@ -41,6 +38,8 @@ func newKeyRing(pems map[string]string) (KeyRing, []error) {
 		public, err := jwt.ParsePublicKeyPEM(pemBytes(pem))
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", keyName, err))
+		}
+		if err != nil || kid == "" {
 			return jwt.Key{}, false
 		}
 		key := jwt.Key{ID: kid, Public: public}

@@ -8,20 +8,12 @@ import (
 	"time"
 )
 
-// Event names of log lines. RUNBOOK.md lists them; a test holds the list.
+// Event names of this package's log lines. RUNBOOK.md lists all event names; a
+// test holds the list.
 const (
-	logStarted         = "service.started"
-	logStopping        = "service.stopping"
-	logStopped         = "service.stopped"
-	logFailed          = "service.failed"
-	logConfigBad       = "config.invalid"
 	logConfigPlaintext = "config.plaintext"
 	logConfigOpen      = "config.register_open"
 	logConfigProxy     = "config.untrusted_proxy"
-	logReloaded        = "config.reloaded"
-	logReloadFailed    = "config.reload_failed"
-	logMigrated        = "migrate.applied"
-	logMigrateFailed   = "migrate.failed"
 	logDependency      = "dependency.changed"
 	logUnavailable     = "dependency.unavailable"
 	logInternal        = "http.internal_error"

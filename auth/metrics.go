@@ -156,11 +156,3 @@ func (m *metrics) keys(ring KeyRing) {
 		m.keyInfo.WithLabelValues(kid, role).Set(1)
 	}
 }
-
-// Published counts an acknowledged event; natsbus calls it.
-func (m *metrics) Published(eventType string) { m.published.WithLabelValues(eventType).Inc() }
-
-// PublishFailed counts a failed attempt; natsbus calls it.
-func (m *metrics) PublishFailed(eventType string) {
-	m.publishFailures.WithLabelValues(eventType).Inc()
-}

@@ -3,8 +3,12 @@ package dbtest_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -58,39 +62,56 @@ type recorder struct {
 	errors []string
 }
 
-func (r *recorder) Helper()                   {}
-func (r *recorder) Errorf(f string, a ...any) { r.errors = append(r.errors, f) }
+func (r *recorder) Helper() {}
+
+func (r *recorder) Errorf(format string, args ...any) {
+	r.errors = append(r.errors, fmt.Sprintf(format, args...))
+}
 
 func TestCheckFindsBrokenRows(t *testing.T) {
+	event := func(name string) string {
+		return `INSERT INTO outbox (event_type, tenant_id, user_id, trace_id, data)
+			SELECT '` + name + `', a.tenant_id, a.user_id, '', jsonb_build_object('user_id', a.user_id, 'session_id', s.id)
+			  FROM accounts AS a LEFT JOIN sessions AS s ON true;`
+	}
 	const account = `INSERT INTO accounts (tenant_id, user_id, email, password_hash)
 		SELECT id, id, 'a@example.com', 'x' FROM (SELECT gen_random_uuid() AS id) AS i;`
-	const session = account + `
-		INSERT INTO sessions (id, tenant_id, user_id, family_hash, step_hash, created_at, used_at, expires_at, ends_at, window_start, client_ip, user_agent)
+	const session = `INSERT INTO sessions (id, tenant_id, user_id, family_hash, step_hash, created_at, used_at, expires_at, ends_at, window_start, client_ip, user_agent)
 		SELECT gen_random_uuid(), tenant_id, user_id, sha256('f'), sha256('s'), now(), now(), now() + interval '1h', now() + interval '1h', now(), '', '' FROM accounts;`
-	const refreshed = `INSERT INTO outbox (event_type, tenant_id, user_id, trace_id, data)
-		SELECT 'auth.token.refreshed', tenant_id, user_id, '', jsonb_build_object('user_id', user_id, 'session_id', id) FROM sessions;`
-	for name, breakIt := range map[string]string{
-		"account without event":      account,
-		"live session, disabled":     session + `UPDATE accounts SET disabled_at = now()`,
-		"revoked but not expired":    session + `UPDATE sessions SET revoked_at = now(), revoked_reason = 'admin'`,
-		"seed without rotation":      session + `UPDATE sessions SET step_seed = sha256('x')`,
-		"refreshed without rotation": session + refreshed,
-		"guess pending and failed":   `INSERT INTO guards (key, outcome, window_start, window_count, ticket, touched_at, pending, failed) VALUES (sha256('a'), 'x', now(), 0, now(), now(), ARRAY[now()], ARRAY[now()])`,
-		"refreshed after its logout": session + strings.ReplaceAll(refreshed, "token.refreshed", "user.logged_out") +
-			`UPDATE sessions SET revoked_at = now(), revoked_reason = 'logout', expires_at = now(), generation = 1;` + refreshed,
+	loggedIn := account + event("auth.user.registered") + session + event("auth.user.logged_in")
+	const revoke = `UPDATE sessions SET revoked_at = now(), revoked_reason = 'logout', expires_at = now();`
+	for _, test := range []struct{ promise, before, breakIt string }{
+		{"disabled", loggedIn, `UPDATE accounts SET disabled_at = now()`},
+		{"expired with its revocation", loggedIn + revoke + event("auth.session.revoked"), `UPDATE sessions SET expires_at = ends_at`},
+		{"only a rotation", loggedIn, `UPDATE sessions SET step_seed = sha256('x')`},
+		{"only a rotation", loggedIn, `UPDATE sessions SET generation = 1, prev_step_hash = step_hash`},
+		{"are distinct", "", `INSERT INTO guards (key, outcome, window_start, window_count, ticket, touched_at, pending, failed)
+			VALUES (sha256('a'), 'x', now(), 0, now(), now(), ARRAY[now()], ARRAY[now()])`},
+		{"about its own user", loggedIn, `UPDATE outbox SET user_id = gen_random_uuid()`},
+		{"refresh token", loggedIn, `UPDATE outbox SET data = data || '{"x": "iar_AAAA"}'`},
+		{"at most once", loggedIn + event("auth.user.logged_out") + revoke, event("auth.user.logged_out")},
+		{"after its revocation", loggedIn + event("auth.user.logged_out") + revoke + `UPDATE sessions SET generation = 1;`, event("auth.token.refreshed")},
+		{"no rotation", loggedIn, event("auth.token.refreshed")},
+		{"registered or imported", loggedIn, account},
+		{"registered or imported", loggedIn, `DELETE FROM accounts`},
+		{"has its event", loggedIn, session},
+		{"has its event", loggedIn, revoke},
 	} {
-		t.Run(name, func(t *testing.T) {
+		t.Run(test.promise, func(t *testing.T) {
 			url := dbtest.Empty(t) // New would Check by itself
 			migrateAll(t, url)
+			if test.before != "" {
+				dbtest.Exec(t, url, test.before)
+			}
 			r := &recorder{TB: t}
 			dbtest.Check(r, url)
 			if len(r.errors) != 0 {
 				t.Fatalf("before: got %q, want no error", r.errors)
 			}
-			dbtest.Exec(t, url, breakIt)
+			dbtest.Exec(t, url, strings.ReplaceAll(test.breakIt, "a@", "b@"))
 			dbtest.Check(r, url)
-			if len(r.errors) == 0 {
-				t.Error("Check found nothing")
+			if !strings.Contains(strings.Join(r.errors, "\n"), test.promise) {
+				t.Errorf("got %q, want the promise %q broken", r.errors, test.promise)
 			}
 		})
 	}
@@ -135,6 +156,44 @@ func TestServerFaults(t *testing.T) {
 	s.Restart()
 	insert("again", "on")
 	s.Pause() // the cleanup copes
+}
+
+// TestNothingOutlivesTheTests kills a test process that has both kinds of
+// server, one of them frozen.
+func TestNothingOutlivesTheTests(t *testing.T) {
+	const victim = "DBTEST_VICTIM"
+	if os.Getenv(victim) != "" {
+		s := dbtest.Start(t)
+		for _, url := range []string{dbtest.New(t), s.URL()} {
+			fmt.Println(dbtest.Value[string](t, url, `SHOW data_directory`))
+		}
+		s.Pause()
+		syscall.Kill(os.Getpid(), syscall.SIGKILL)
+	}
+	cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$")
+	cmd.Env = append(os.Environ(), victim+"=1")
+	out, err := cmd.Output()
+	dirs := strings.Fields(string(out))
+	if err == nil || len(dirs) != 2 {
+		t.Fatalf("victim: got %v, %q, want its death after two lines", err, out)
+	}
+	for _, data := range dirs {
+		for end := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+			if _, err := os.Stat(filepath.Dir(data)); err != nil { // removed after the server has ended
+				break
+			}
+			if time.Now().After(end) {
+				t.Fatalf("%s is still there", data)
+			}
+		}
+	}
+	// A server keeps its data directory as its working directory, also when that has been removed.
+	links, _ := filepath.Glob("/proc/[0-9]*/cwd")
+	for _, link := range links {
+		if cwd, err := os.Readlink(link); err == nil && (strings.HasPrefix(cwd, dirs[0]) || strings.HasPrefix(cwd, dirs[1])) {
+			t.Errorf("%s: a process is left in %s", link, cwd)
+		}
+	}
 }
 
 func migrateAll(t *testing.T, url string) {

@@ -1,0 +1,91 @@
+package auth
+
+import (
+	"encoding/json"
+	"errors"
+	"strings"
+	"testing"
+	"unicode/utf8"
+)
+
+type pairRequest struct{ A, B string }
+
+func (r *pairRequest) members() []member {
+	return []member{{name: "a", text: &r.A}, {name: "b", text: &r.B, optional: true}}
+}
+
+func TestDecodeObject(t *testing.T) {
+	const ok = ""
+	for _, row := range []struct{ body, want string }{
+		{``, "body not_json"},
+		{`[]`, "body not_an_object"},
+		{`"a"`, "body not_an_object"},
+		{`{"a":"x"}{}`, "body not_json"},
+		{`{"a":"x"} x`, "body not_json"},
+		{"\ufeff" + `{"a":"x"}`, "body not_json"},
+		{`{"a":'x'}`, "body not_json"},
+		{`{"a":"x",}`, "body not_json"},
+		{`{"a":"` + "\n" + `"}`, "body not_json"},
+		{strings.Repeat(`{"a":`, 20000), "body not_json"},
+		{`{}`, "a missing"},
+		{`{"a":null}`, "a null"},
+		{`{"a":1}`, "a wrong_type"},
+		{`{"a":{}}`, "a wrong_type"},
+		{`{"a":["x"]}`, "a wrong_type"},
+		{`{"a":"x","a":"x"}`, "a duplicate"},
+		{`{"a":"x","\u0061":"x"}`, "a duplicate"},
+		{`{"A":"x"}`, "A unknown, a missing"},
+		{`{"a":"x","c":1}`, "c unknown"},
+		{`{"a":"x","b":2}`, "b wrong_type"},
+		{`{"a":"\ud800"}`, "a invalid_unicode"},
+		{`{"a":"\ud800x"}`, "a invalid_unicode"},
+		{`{"a":"\ud800\u0041"}`, "a invalid_unicode"},
+		{`{"a":"\udc00\ud800"}`, "a invalid_unicode"},
+		{`{"a":"\udC00"}`, "a invalid_unicode"},
+		{"{\"a\":\"\xff\"}", "a invalid_unicode"},
+		{"{\"a\":\"\xed\xa0\x80\"}", "a invalid_unicode"}, // CESU-8
+		{`{"a":"x","b":null}`, ok},
+		{`{"a":"\ud83d\ude00"}`, ok},
+		{`{"a":"\\ud800"}`, ok}, // a backslash and text
+		{`{"a":"\u0000"}`, ok},
+		{" {\t\"a\" : \"x\" }\r\n", ok},
+	} {
+		var in pairRequest
+		var got []string
+		var f *failure
+		if err := decodeObject([]byte(row.body), in.members()); errors.As(err, &f) {
+			for _, e := range f.fields {
+				got = append(got, e.Field+" "+e.Reason)
+			}
+		}
+		if strings.Join(got, ", ") != row.want {
+			t.Errorf("%.40q: got %q, want %q", row.body, got, row.want)
+		}
+	}
+}
+
+// What is accepted is one object whose members encoding/json reads alike, and
+// no text was replaced on the way.
+func FuzzDecodeObject(f *testing.F) {
+	for _, seed := range []string{`{"a":"x"}`, `{"a":"\ud83d\ude00","b":null}`, `{"a":"x","a":"y"}`, `{"a":"\ud800"}`, "{\"a\":\"\xff\"}", `{"A":"x"}`, `[`, `{"a":{"a":[]}}`} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, body []byte) {
+		var in pairRequest
+		if decodeObject(body, in.members()) != nil {
+			return
+		}
+		var m map[string]*string
+		if err := json.Unmarshal(body, &m); err != nil || m["a"] == nil || *m["a"] != in.A {
+			t.Fatalf("%q: decoded %q, encoding/json %v %v", body, in.A, m, err)
+		}
+		if !utf8.Valid(body) {
+			t.Fatalf("%q: accepted invalid UTF-8", body)
+		}
+		again, _ := json.Marshal(map[string]string{"a": in.A, "b": in.B})
+		var second pairRequest
+		if err := decodeObject(again, second.members()); err != nil || second != in {
+			t.Fatalf("%q: %v reads back as %v, %v", body, in, second, err)
+		}
+	})
+}

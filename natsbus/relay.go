@@ -1,0 +1,467 @@
+package natsbus
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/7d-solutions/identity-auth/db"
+)
+
+// subjects is the contract's table: where each type of event goes.
+var subjects = map[db.EventType]string{
+	"auth.user.registered":               "auth.events.user.registered",
+	"auth.user.logged_in":                "auth.events.user.logged_in",
+	"auth.token.refreshed":               "auth.events.token.refreshed",
+	"auth.user.logged_out":               "auth.events.user.logged_out",
+	"auth.session.revoked":               "auth.events.session.revoked",
+	"auth.user.password_changed":         "auth.events.user.password_changed",
+	"auth.user.password_reset_requested": "auth.events.user.password_reset_requested",
+	"auth.user.disabled":                 "auth.events.user.disabled",
+	"auth.user.enabled":                  "auth.events.user.enabled",
+	"auth.user.deleted":                  "auth.events.user.deleted",
+	"auth.user.email_changed":            "auth.events.user.email_changed",
+	"auth.user.imported":                 "auth.events.user.imported",
+	"auth.lockout":                       "auth.events.security.lockout",
+	"security.refresh_replay_detected":   "auth.events.security.refresh_replay_detected",
+	db.EventPasswordResetSecret:          "auth.secrets.password_reset",
+}
+
+func streamOf(t db.EventType) string {
+	if t == db.EventPasswordResetSecret {
+		return secretsStream
+	}
+	return eventsStream
+}
+
+const (
+	maxUnderWay  = 1000                   // messages published and not answered; also the rows of one fetch
+	maxHeld      = 10000                  // lanes in back-off; beyond that it is an outage of everybody
+	ackTimeout   = 5 * time.Second        // of one message
+	patience     = 250 * time.Millisecond // without any answer, before the batch goes on without the rest
+	leaseTTL     = 5 * time.Second
+	leaseRenewal = 1500 * time.Millisecond
+	leaseAttempt = time.Second            // of who is not the holder
+	pollInterval = 250 * time.Millisecond // for what other replicas committed
+	batchPause   = 50 * time.Millisecond  // gathers rows: one fetch and one commit for many
+	minBackoff   = 200 * time.Millisecond // halved by jitter at most
+	maxBackoff   = 5 * time.Second
+)
+
+// errDrop ends the connection; the next one compares the streams anew.
+var errDrop = errors.New("the connection is dropped to compare the streams again")
+
+// relayer is the holder's state on one connection. One goroutine uses it.
+type relayer struct {
+	*Bus
+	*link
+	leaseEnds time.Time // by our clock, never later than by PostgreSQL's
+	streams   map[string]*streamMark
+	underWay  map[*nats.Msg]*flight
+	live      int // of these, those that the batch waits for
+	held      map[db.Lane]backoff
+	acks      map[string][]db.Ack // received and not yet recorded, by stream
+}
+
+// streamMark is what a stream is known to hold.
+type streamMark struct {
+	created    time.Time
+	generation int64  // of the comparison
+	lastSeq    uint64 // every message stored from now on comes after it
+}
+
+// flight is a message under way and the rows of its lane that follow it.
+type flight struct {
+	rows  []db.OutboxRow // the first is under way
+	after uint64         // its stream's lastSeq when it was published
+	late  bool           // the batch goes on without it
+}
+
+// backoff is how long a lane waits after a failure.
+type backoff struct {
+	delay time.Duration
+	until time.Time
+}
+
+// result is JetStream's answer to a message, or why there is none.
+type result struct {
+	msg *nats.Msg
+	ack *jetstream.PubAck
+	err error
+}
+
+// relay waits until the streams are safe and the lease is ours, compares the
+// streams, and then relays until ctx is done or either no longer holds.
+func (b *Bus) relay(ctx context.Context, l *link) {
+	for began := time.Now(); ; began = time.Now() {
+		if ctx.Err() != nil {
+			return
+		}
+		if !l.safe.Load() {
+			sleep(ctx, pollInterval)
+			continue
+		}
+		held, err := b.store.AcquireRelay(ctx, b.id, leaseTTL)
+		if err == nil && held {
+			r := &relayer{
+				Bus: b, link: l, leaseEnds: began.Add(leaseTTL), streams: map[string]*streamMark{},
+				underWay: map[*nats.Msg]*flight{}, held: map[db.Lane]backoff{}, acks: map[string][]db.Ack{},
+			}
+			r.run(ctx)
+			return
+		}
+		if err != nil && ctx.Err() == nil {
+			b.report(logRelayFailed, err)
+		}
+		sleep(ctx, leaseAttempt)
+	}
+}
+
+func (r *relayer) run(ctx context.Context) {
+	err := r.compareStreams(ctx)
+	for err == nil && r.safe.Load() {
+		var more bool
+		began := time.Now()
+		if err = r.renew(ctx); err == nil {
+			more, err = r.batch(ctx)
+		}
+		if errors.Is(err, db.ErrUnavailable) {
+			r.report(logRelayFailed, err)
+			err = nil
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		if !more {
+			r.wait(ctx, max(batchPause, min(4*time.Since(began), time.Second)))
+		}
+	}
+	if err != nil && ctx.Err() == nil {
+		r.report(logRelayFailed, err)
+	}
+}
+
+// wait is at least pause: in it more rows gather, and a fetch that vacuum's
+// absence made slow does not eat a processor. It ends with a commit in this
+// process, when a lane's back-off is over, or with the poll for what other
+// processes committed. Whoever is not the holder does not listen for commits.
+func (r *relayer) wait(ctx context.Context, pause time.Duration) {
+	sleep(ctx, pause)
+	next := pollInterval
+	for _, h := range r.held {
+		next = min(next, max(time.Until(h.until), 0))
+	}
+	select {
+	case <-ctx.Done():
+	case <-r.store.Wake():
+	case <-time.After(next):
+	}
+}
+
+// renew keeps the lease. Our clock was read before PostgreSQL's, so leaseEnds
+// is not later than the end of the lease.
+func (r *relayer) renew(ctx context.Context) error {
+	now := time.Now()
+	if r.leaseEnds.Sub(now) > leaseTTL-leaseRenewal {
+		return nil
+	}
+	held, err := r.store.RenewRelay(ctx, r.id, leaseTTL)
+	if err != nil {
+		return err
+	}
+	if !held {
+		return fmt.Errorf("%w: another process relays", errDrop)
+	}
+	r.leaseEnds = now.Add(leaseTTL)
+	return nil
+}
+
+// compareStreams holds every stream against what it acknowledged and makes
+// lost events unsent again, before anything is published on this connection.
+func (r *relayer) compareStreams(ctx context.Context) error {
+	for _, want := range r.Bus.streams {
+		asked, cancel := context.WithTimeout(ctx, checkTimeout)
+		s, err := r.js.Stream(asked, want.Name)
+		cancel()
+		if err != nil {
+			return err
+		}
+		info := s.CachedInfo()
+		if err := r.compare(ctx, want.Name, info.Created, info.State.LastSeq); err != nil {
+			return err
+		}
+	}
+	r.log.Info(logRelaying)
+	return nil
+}
+
+func (r *relayer) compare(ctx context.Context, stream string, created time.Time, lastSeq uint64) error {
+	state := db.StreamState{Name: stream, Created: created, LastSeq: int64(lastSeq)}
+	generation, lost, resend, err := r.store.CompareStream(ctx, state, stream == secretsStream)
+	if err != nil {
+		return err
+	}
+	r.streams[stream] = &streamMark{created: created, generation: generation, lastSeq: lastSeq}
+	if lost {
+		r.log.Warn(logStoreLost, "stream", stream, "created", created, "last_seq", lastSeq)
+	}
+	var total int64
+	for resend {
+		if err := r.renew(ctx); err != nil {
+			return err
+		}
+		n, done, err := r.store.ResendLost(ctx, stream)
+		if err != nil {
+			return err
+		}
+		total += n
+		if done {
+			r.log.Warn(logStoreLost, "stream", stream, "resent", total)
+			resend = false
+		}
+	}
+	return nil
+}
+
+// batch publishes the next unsent rows, each lane in order and one message at
+// a time, and records what was acknowledged. more tells that it was not all.
+// Lanes that are not answered in time stay under way and are left out of the
+// next fetches, as are those in back-off.
+func (r *relayer) batch(ctx context.Context) (more bool, err error) {
+	defer func() { err = errors.Join(err, r.record(ctx)) }()
+	for answered := true; answered; { // of earlier batches
+		select {
+		case res := <-r.results:
+			if err := r.settle(res); err != nil {
+				return false, err
+			}
+		default:
+			answered = false
+		}
+	}
+	if err := r.record(ctx); err != nil {
+		return false, err
+	}
+	limit := maxUnderWay - len(r.underWay)
+	excluded := r.excluded()
+	if limit == 0 || len(excluded) >= maxHeld {
+		return false, nil
+	}
+	rows, err := r.store.UnsentEvents(ctx, limit, excluded)
+	if err != nil {
+		return false, err
+	}
+	for _, lane := range lanes(rows) {
+		r.publish(lane)
+	}
+	slow := time.NewTimer(patience)
+	defer slow.Stop()
+	for r.live > 0 {
+		select {
+		case res := <-r.results:
+			if err := r.settle(res); err != nil {
+				return false, err
+			}
+			slow.Reset(patience)
+		case <-slow.C:
+			for _, f := range r.underWay {
+				f.late, f.rows = true, f.rows[:1]
+			}
+			r.live = 0
+		case <-ctx.Done():
+			return false, nil
+		}
+	}
+	return len(rows) == limit, nil
+}
+
+// lanes splits rows by lane; within a lane the order stays.
+func lanes(rows []db.OutboxRow) [][]db.OutboxRow {
+	var split [][]db.OutboxRow
+	at := map[db.Lane]int{}
+	for _, row := range rows {
+		i, ok := at[row.Lane()]
+		if !ok {
+			i = len(split)
+			at[row.Lane()] = i
+			split = append(split, nil)
+		}
+		split[i] = append(split[i], row)
+	}
+	return split
+}
+
+// publish sends the first row of a lane, unless the lease may be over: then
+// the rows are left to whoever holds it now.
+func (r *relayer) publish(rows []db.OutboxRow) {
+	if !time.Now().Before(r.leaseEnds) {
+		return
+	}
+	mark := r.streams[streamOf(rows[0].Type)]
+	if mark == nil {
+		r.hold(rows[0], errors.New("its stream is not configured"))
+		return
+	}
+	msg, err := r.message(rows[0])
+	if err == nil {
+		_, err = r.js.PublishMsgAsync(msg, jetstream.WithRetryAttempts(0))
+	}
+	if err != nil {
+		r.hold(rows[0], err)
+		return
+	}
+	r.underWay[msg] = &flight{rows: rows, after: mark.lastSeq}
+	r.live++
+}
+
+// settle takes an answer. An acknowledgement lets the lane's next row go; a
+// failure makes the lane wait and try the same row again.
+func (r *relayer) settle(res result) error {
+	f := r.underWay[res.msg]
+	delete(r.underWay, res.msg)
+	if !f.late {
+		r.live--
+	}
+	row := f.rows[0]
+	stream := streamOf(row.Type)
+	if res.err == nil && res.ack.Stream != stream {
+		res.err = fmt.Errorf("acknowledged by stream %q, not %q", res.ack.Stream, stream)
+	}
+	if res.err != nil {
+		r.hold(row, res.err)
+		return nil
+	}
+	mark := r.streams[stream]
+	if seq := res.ack.Sequence; !res.ack.Duplicate && seq <= f.after {
+		return r.cutBack(stream, seq-1)
+	}
+	mark.lastSeq = max(mark.lastSeq, res.ack.Sequence)
+	r.acks[stream] = append(r.acks[stream], db.Ack{Seq: row.Seq, StreamSeq: int64(res.ack.Sequence)})
+	delete(r.held, row.Lane())
+	r.obs.Published(string(row.Type))
+	if len(f.rows) > 1 {
+		r.publish(f.rows[1:])
+	}
+	return nil
+}
+
+// cutBack notes that a stream took a new message at a place that it had given
+// out before: it lost its end, while this connection lived, behind lastSeq.
+// Nothing acknowledged since the last record counts.
+func (r *relayer) cutBack(stream string, lastSeq uint64) error {
+	clear(r.acks)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	state := db.StreamState{Name: stream, Created: r.streams[stream].created, LastSeq: int64(lastSeq)}
+	_, _, _, err := r.store.CompareStream(ctx, state, stream == secretsStream)
+	return errors.Join(errDrop, err)
+}
+
+// record writes down what was acknowledged, also when ctx is done already.
+func (r *relayer) record(ctx context.Context) error {
+	for stream, acks := range r.acks {
+		ok, err := r.store.MarkSent(context.WithoutCancel(ctx), stream, r.streams[stream].generation, acks)
+		if err != nil {
+			return err
+		}
+		delete(r.acks, stream)
+		if !ok {
+			return fmt.Errorf("%w: another process noticed a loss", errDrop)
+		}
+	}
+	return nil
+}
+
+// hold makes the row's lane wait: 100 ms to 5 s, longer each time, without end.
+func (r *relayer) hold(row db.OutboxRow, err error) {
+	h := r.held[row.Lane()]
+	h.delay = min(max(2*h.delay, minBackoff), maxBackoff)
+	h.until = time.Now().Add(h.delay/2 + rand.N(h.delay/2))
+	r.held[row.Lane()] = h
+	r.obs.PublishFailed(string(row.Type))
+	r.report(logRelayFailed, err, "event_type", row.Type, "event_id", row.EventID, "lanes_held", len(r.held))
+}
+
+// excluded are the lanes that wait or are under way. One that stopped waiting
+// long ago has no row any more.
+func (r *relayer) excluded() []db.Lane {
+	now := time.Now()
+	var out []db.Lane
+	for lane, h := range r.held {
+		if h.until.After(now) {
+			out = append(out, lane)
+		} else if now.Sub(h.until) > time.Minute {
+			delete(r.held, lane)
+		}
+	}
+	for _, f := range r.underWay {
+		out = append(out, f.rows[0].Lane())
+	}
+	return out
+}
+
+// envelope is the payload of every event (spec section 6).
+type envelope struct {
+	EventID       db.EventID      `json:"event_id"`
+	EventType     db.EventType    `json:"event_type"`
+	SchemaVersion string          `json:"schema_version"`
+	OccurredAt    string          `json:"occurred_at"`
+	Producer      string          `json:"producer"`
+	TenantID      db.TenantID     `json:"tenant_id"`
+	AggregateType string          `json:"aggregate_type"`
+	AggregateID   db.UserID       `json:"aggregate_id"`
+	TraceID       string          `json:"trace_id"`
+	CausationID   *db.EventID     `json:"causation_id"`
+	Data          json.RawMessage `json:"data"`
+}
+
+// message is the same for the same row, whoever makes it and however often.
+func (r *relayer) message(row db.OutboxRow) (*nats.Msg, error) {
+	subject, ok := subjects[row.Type]
+	if !ok { // a newer version's: it waits for a newer holder
+		return nil, errors.New("unknown event type")
+	}
+	var payload []byte
+	var err error
+	if row.Type != db.EventPasswordResetSecret {
+		payload, err = json.Marshal(envelope{
+			EventID: row.EventID, EventType: row.Type, SchemaVersion: "1.0.0",
+			OccurredAt: row.OccurredAt.UTC().Format("2006-01-02T15:04:05.000000Z"), Producer: "identity-auth",
+			TenantID: row.Tenant, AggregateType: "user", AggregateID: row.User,
+			TraceID: row.TraceID, CausationID: row.CausationID, Data: row.Data,
+		})
+	} else if r.unseal != nil {
+		payload, err = r.unseal(row)
+	} else {
+		err = errors.New("no key to open its data")
+	}
+	if err != nil {
+		return nil, err
+	}
+	header := nats.Header{
+		jetstream.MsgIDHeader:          {row.EventID.String()},
+		jetstream.ExpectedStreamHeader: {streamOf(row.Type)},
+	}
+	if trace, ok := traceparent(row.TraceID, row.EventID); ok {
+		header["traceparent"] = []string{trace}
+	}
+	return &nats.Msg{Subject: subject, Header: header, Data: payload}, nil
+}
+
+// traceparent continues the request's trace (W3C Trace Context 3.2). The event
+// is the span: half of its id, which is not zero since it has a version.
+func traceparent(traceID string, event db.EventID) (string, bool) {
+	trace := strings.ToLower(strings.ReplaceAll(traceID, "-", ""))
+	if len(trace) != 32 || strings.Trim(trace, "0123456789abcdef") != "" || strings.Trim(trace, "0") == "" {
+		return "", false
+	}
+	span := strings.ReplaceAll(event.String(), "-", "")[:16]
+	return "00-" + trace + "-" + span + "-01", true
+}

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# What can be said about the source without running the service. Everything is
+# looked at before the script fails, so that one run names all there is to mend.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+. testdata/dev/lib.sh
+staticcheck=$PWD/.bin/staticcheck
+bad=()
+
+# go_files DIR [FIND OPTION...]: the Go files below DIR that are ours.
+go_files() {
+	local dir=$1
+	shift
+	find "$dir" \( -name .git -o -name .run -o -name .bin \) -prune -o -name '*.go' -type f "$@"
+}
+
+say "gofmt"
+# The gofmt of the toolchain that builds: another version may format otherwise.
+gofmt=$(go env GOROOT)/bin/gofmt
+unformatted=$(go_files . -exec "$gofmt" -l {} +) || bad+=(gofmt)
+if [[ -n $unformatted ]]; then
+	say "gofmt -w would change:" "$unformatted"
+	bad+=(gofmt)
+fi
+
+for module in . testdata/*/; do
+	module=${module%/}
+	# The module of the tools has no Go file of its own, and vet refuses that.
+	[[ -f $module/go.mod && -n $(go_files "$module" -print -quit) ]] || continue
+	say "vet, staticcheck: $module"
+	(cd "$module" && go vet ./...) || bad+=("vet in $module")
+	(cd "$module" && "$staticcheck" ./...) || bad+=("staticcheck in $module")
+done
+
+say "layout"
+# go test is content when no test matches; here that would mean that nothing
+# holds the import table any more.
+layout=$(go test -list '^TestLayout' . | grep -c '^TestLayout' || true)
+if [[ $layout == 0 ]]; then
+	say "no TestLayout in the top package: the import table and the dependencies are not checked"
+	bad+=(layout)
+else
+	go test -count=1 -run '^TestLayout' . || bad+=(layout)
+fi
+
+((${#bad[@]} == 0)) || fail "make check failed: $(printf '%s\n' "${bad[@]}" | sort -u | paste -sd, | sed 's/,/, /g')"

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# deps.sh postgres|cc ... finds these on the machine, or gets them from the
+# distribution, or says in one sentence how to get them.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+. testdata/dev/lib.sh
+
+# c_compiler asks for what the race detector needs: the compiler that Go calls,
+# and the C library's headers.
+c_compiler() {
+	local cc
+	read -ra cc < <(go env CC)
+	"${cc[@]}" -fsyntax-only -x c - <<<'#include <stdlib.h>' 2>/dev/null
+}
+
+# get SENTENCE PACKAGE... installs packages, asking for no more than apt-get itself does.
+get() {
+	local sentence=$1 root=()
+	shift
+	command -v apt-get >/dev/null || fail "$sentence"
+	if ((EUID != 0)); then
+		# Without a terminal sudo cannot ask for a password: then it must not need one.
+		command -v sudo >/dev/null || fail "$sentence"
+		[[ -t 0 ]] || sudo -n true 2>/dev/null || fail "$sentence"
+		root=(sudo)
+	fi
+	"${root[@]}" bash testdata/dev/apt.sh "$@" || fail "$sentence"
+}
+
+for need in "$@"; do
+	case $need in
+	postgres)
+		sentence="PostgreSQL 15 or later is needed and was not found on PATH or under /usr/lib/postgresql: as root, 'apt-get install postgresql' on Debian 12, Ubuntu 24.04 or later; elsewhere, put the folder of initdb and postgres on PATH."
+		postgres_bin any >/dev/null && continue
+		say "PostgreSQL is not here yet: installing the distribution's package."
+		get "$sentence" postgresql
+		postgres_bin any >/dev/null || fail "$sentence"
+		;;
+	cc)
+		sentence="The race detector needs a C compiler: as root, 'apt-get install gcc libc6-dev' on Debian or Ubuntu; elsewhere, put gcc on PATH."
+		c_compiler && continue
+		say "A C compiler is not here yet: installing the distribution's package."
+		get "$sentence" gcc libc6-dev
+		c_compiler || fail "$sentence"
+		;;
+	*) fail "deps.sh: no such need: $need" ;;
+	esac
+done
