@@ -45,29 +45,34 @@ func (s *Server) handleReady(w http.ResponseWriter, r *http.Request) {
 // more requests.
 func (s *Server) BeginShutdown() { s.health.draining.Store(true) }
 
-// watchDependencies keeps health and its metrics current until ctx is done.
+// watchDependencies keeps health and its metrics current until ctx is done. It
+// asks once a second, and more often while the answer is no, so that a start
+// or a recovery shows at once.
 func (s *Server) watchDependencies(ctx context.Context, events EventBus) {
-	tick := time.NewTicker(time.Second)
-	defer tick.Stop()
 	for {
-		s.probe(ctx, events)
+		pause := 100 * time.Millisecond
+		if s.probe(ctx, events) {
+			pause = time.Second
+		}
 		select {
 		case <-ctx.Done():
 			return
-		case <-tick.C:
+		case <-time.After(pause):
 		}
 	}
 }
 
-func (s *Server) probe(ctx context.Context, events EventBus) {
+func (s *Server) probe(ctx context.Context, events EventBus) (allUp bool) {
 	probeCtx, cancel := context.WithTimeout(ctx, 1500*time.Millisecond)
 	defer cancel()
-	err := s.store.Probe(probeCtx)
+	dbUp := s.store.Probe(probeCtx) == nil && s.schemaReady.Load()
+	natsUp := events.Up()
 	if ctx.Err() != nil {
-		return // stopping, not an outage
+		return false // stopping, not an outage
 	}
-	s.noteDependency("db", &s.health.db, err == nil && s.schemaReady.Load())
-	s.noteDependency("nats", &s.health.nats, events.Up())
+	s.noteDependency("db", &s.health.db, dbUp)
+	s.noteDependency("nats", &s.health.nats, natsUp)
+	return dbUp && natsUp
 }
 
 func (s *Server) noteDependency(dep string, state *atomic.Bool, up bool) {

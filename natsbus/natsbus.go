@@ -121,6 +121,7 @@ type Bus struct {
 
 	failures sampler           // of connecting and of the relay
 	findings map[string]string // by stream: what keeps it from being used; for keepStreams
+	cutBack  map[string]uint64 // by stream: where its end turned out to be, for the next comparison; for relay
 }
 
 // files are the contents of the files named in Config.
@@ -134,7 +135,7 @@ type files struct {
 func New(cfg Config, store *db.Store, log *slog.Logger, obs Observer) (*Bus, error) {
 	b := &Bus{
 		store: store, log: log, obs: obs, id: db.NewRelayID(), unseal: cfg.Unseal,
-		start: time.Now(), findings: map[string]string{},
+		start: time.Now(), findings: map[string]string{}, cutBack: map[string]uint64{},
 	}
 	b.streams = []jetstream.StreamConfig{{
 		Name:        eventsStream,

@@ -72,7 +72,6 @@ type relayer struct {
 
 // streamMark is what a stream is known to hold.
 type streamMark struct {
-	created    time.Time
 	generation int64  // of the comparison
 	lastSeq    uint64 // every message stored from now on comes after it
 }
@@ -132,7 +131,7 @@ func (r *relayer) run(ctx context.Context) {
 		if err = r.renew(ctx); err == nil {
 			more, err = r.batch(ctx)
 		}
-		if errors.Is(err, db.ErrUnavailable) {
+		if errors.Is(err, db.ErrUnavailable) && !errors.Is(err, errDrop) {
 			r.report(logRelayFailed, err)
 			err = nil
 		}
@@ -156,7 +155,9 @@ func (r *relayer) wait(ctx context.Context, pause time.Duration) {
 	sleep(ctx, pause)
 	next := pollInterval
 	for _, h := range r.held {
-		next = min(next, max(time.Until(h.until), 0))
+		if d := time.Until(h.until); d > 0 {
+			next = min(next, d)
+		}
 	}
 	select {
 	case <-ctx.Done():
@@ -194,9 +195,14 @@ func (r *relayer) compareStreams(ctx context.Context) error {
 			return err
 		}
 		info := s.CachedInfo()
-		if err := r.compare(ctx, want.Name, info.Created, info.State.LastSeq); err != nil {
+		lastSeq := info.State.LastSeq
+		if at, ok := r.cutBack[want.Name]; ok {
+			lastSeq = min(lastSeq, at)
+		}
+		if err := r.compare(ctx, want.Name, info.Created, lastSeq); err != nil {
 			return err
 		}
+		delete(r.cutBack, want.Name)
 	}
 	r.log.Info(logRelaying)
 	return nil
@@ -208,7 +214,7 @@ func (r *relayer) compare(ctx context.Context, stream string, created time.Time,
 	if err != nil {
 		return err
 	}
-	r.streams[stream] = &streamMark{created: created, generation: generation, lastSeq: lastSeq}
+	r.streams[stream] = &streamMark{generation, lastSeq}
 	if lost {
 		r.log.Warn(logStoreLost, "stream", stream, "created", created, "last_seq", lastSeq)
 	}
@@ -340,7 +346,12 @@ func (r *relayer) settle(res result) error {
 	}
 	mark := r.streams[stream]
 	if seq := res.ack.Sequence; !res.ack.Duplicate && seq <= f.after {
-		return r.cutBack(stream, seq-1)
+		// The stream took a new message at a place that it had given out
+		// before: it lost its end while this connection lived. Nothing
+		// acknowledged since the last record counts.
+		clear(r.acks)
+		r.cutBack[stream] = seq - 1
+		return fmt.Errorf("%w: %s lost its end", errDrop, stream)
 	}
 	mark.lastSeq = max(mark.lastSeq, res.ack.Sequence)
 	r.acks[stream] = append(r.acks[stream], db.Ack{Seq: row.Seq, StreamSeq: int64(res.ack.Sequence)})
@@ -350,18 +361,6 @@ func (r *relayer) settle(res result) error {
 		r.publish(f.rows[1:])
 	}
 	return nil
-}
-
-// cutBack notes that a stream took a new message at a place that it had given
-// out before: it lost its end, while this connection lived, behind lastSeq.
-// Nothing acknowledged since the last record counts.
-func (r *relayer) cutBack(stream string, lastSeq uint64) error {
-	clear(r.acks)
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-	defer cancel()
-	state := db.StreamState{Name: stream, Created: r.streams[stream].created, LastSeq: int64(lastSeq)}
-	_, _, _, err := r.store.CompareStream(ctx, state, stream == secretsStream)
-	return errors.Join(errDrop, err)
 }
 
 // record writes down what was acknowledged, also when ctx is done already.
