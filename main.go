@@ -121,7 +121,7 @@ func serve(ctx context.Context, lookup func(string) (string, bool), stdout, stde
 		LoginPerMinute: cfg.LoginPerMinute, RefreshPerMinute: cfg.RefreshPerMinute,
 		LockoutThreshold: cfg.LockoutThreshold, LockoutDuration: cfg.LockoutDuration,
 		AccessTokenTTL: cfg.AccessTokenTTL, RefreshTokenTTL: cfg.RefreshTokenTTL, SessionMaxAge: cfg.SessionMaxAge,
-		ReuseGrace: cfg.ReuseGrace, MaxSessions: cfg.MaxSessions,
+		ReuseGrace: cfg.ReuseGrace, MaxSessions: cfg.MaxSessions, ResetTTL: cfg.PasswordResetTTL,
 		SessionRetention: cfg.SessionRetention, OutboxRetention: cfg.OutboxRetention,
 	})
 	if err != nil {

@@ -5,9 +5,9 @@
 //	auth.go                      Server, the route table, the background loops
 //	http.go decode.go problem.go one adapter, strict JSON, the error table
 //	input.go policy.go           parsers for what clients send; passwords
-//	register.go login.go refresh.go   an endpoint each, read top to bottom
+//	register.go login.go refresh.go session.go password.go   the endpoints, each read top to bottom
 //	hash.go                      argon2id in a bounded number of slots
-//	token.go keys.go discovery.go     refresh and access tokens, keys, metadata
+//	token.go reset.go keys.go discovery.go   refresh, access and reset tokens, keys, metadata
 //	iplimit.go                   limits by address, in this process
 //	health.go metrics.go log.go  what operators see
 //
@@ -27,6 +27,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"log/slog"
+	"maps"
 	"net/http"
 	"slices"
 	"strings"
@@ -35,6 +36,7 @@ import (
 	"time"
 
 	"github.com/7d-solutions/identity-auth/db"
+	"github.com/7d-solutions/identity-auth/jwt"
 )
 
 // Server answers requests. Everything in it is set by New; what a reload
@@ -66,6 +68,8 @@ type EventBus interface{ Up() bool }
 // live is what SIGHUP replaces, whole.
 type live struct {
 	keys          KeyRing
+	verifier      *jwt.Verifier
+	sealers       map[string]resetSealer // by the kid of the key they are derived from
 	registerToken Secret
 	policy        passwordPolicy
 	certificate   *tls.Certificate // nil: plain HTTP
@@ -95,8 +99,15 @@ func etagOf(body []byte) string {
 }
 
 func (s *Server) setLive(cfg Config) {
+	sealers := map[string]resetSealer{}
+	if old := s.live.Load(); old != nil {
+		maps.Copy(sealers, old.sealers) // what was sealed and not yet relayed can still be opened
+	}
+	sealers[cfg.Keys.Signer.KeyID()] = cfg.Keys.sealer
 	s.live.Store(&live{
 		keys:          cfg.Keys,
+		verifier:      jwt.NewVerifier(cfg.Issuer, cfg.Audience, cfg.Keys.Public),
+		sealers:       sealers,
 		registerToken: cfg.RegisterToken,
 		policy:        passwordPolicy{minLength: cfg.PasswordMinLength, blocklist: cfg.Blocklist},
 		certificate:   cfg.TLSCertificate,
@@ -150,12 +161,22 @@ func (s *Server) routeTable() []route {
 		{"POST", "/api/auth/register", "201", handleJSON(s, logRegister, http.StatusCreated, s.register)},
 		{"POST", "/api/auth/login", "200", handleJSON(s, logLogin, http.StatusOK, s.login)},
 		{"POST", "/api/auth/refresh", "200", handleJSON(s, logRefresh, http.StatusOK, s.refresh)},
+		{"POST", "/api/auth/logout", "204", handleJSON(s, logLogout, http.StatusNoContent, s.logout)},
+		{"POST", "/api/auth/logout-all", "204", handleJSON(s, logLogoutAll, http.StatusNoContent, withBearer(s, s.logoutAll))},
+		{"GET", "/api/auth/sessions", "200", handleJSON(s, logSessions, http.StatusOK, withBearer(s, s.listSessions))},
+		{"DELETE", "/api/auth/sessions/{session_id}", "204", handleJSON(s, logSessionRevoke, http.StatusNoContent, withBearer(s, s.revokeSession))},
+		{"POST", "/api/auth/password", "200", handleJSON(s, logPassword, http.StatusOK, withBearer(s, s.changePassword))},
 		{"GET", "/.well-known/jwks.json", "200", s.handleJWKS},
 		{"GET", "/.well-known/openid-configuration", "200", s.handleMetadata},
 		{"GET", "/.well-known/oauth-authorization-server", "200", s.handleMetadata},
 		{"GET", "/health/live", "200", s.handleLive},
 		{"GET", "/health/ready", "200", s.handleReady},
 		{"GET", "/openapi.json", "200", s.handleOpenAPI},
+	}
+	if s.cfg.PasswordResetTTL > 0 {
+		routes = append(routes,
+			route{"POST", "/api/auth/forgot-password", "202", handleJSON(s, logForgot, http.StatusAccepted, s.forgotPassword)},
+			route{"POST", "/api/auth/reset-password", "204", handleJSON(s, logReset, http.StatusNoContent, s.resetPassword)})
 	}
 	if s.cfg.AdminAddr == "" {
 		routes = append(routes, s.metricsRoute())

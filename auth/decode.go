@@ -122,6 +122,8 @@ func (m *member) decode(raw json.RawMessage) string {
 		return "invalid_unicode" // encoding/json would put U+FFFD in its place
 	case json.Unmarshal(raw, m.text) != nil: // unreachable: a valid JSON string
 		return "wrong_type"
+	case m.optional && *m.text == "":
+		return "empty" // leave it away instead
 	}
 	return ""
 }

@@ -37,6 +37,7 @@ func TestDecodeObject(t *testing.T) {
 		{`{"A":"x"}`, "A unknown, a missing"},
 		{`{"a":"x","c":1}`, "c unknown"},
 		{`{"a":"x","b":2}`, "b wrong_type"},
+		{`{"a":"x","b":""}`, "b empty"},
 		{`{"a":"\ud800"}`, "a invalid_unicode"},
 		{`{"a":"\ud800x"}`, "a invalid_unicode"},
 		{`{"a":"\ud800\u0041"}`, "a invalid_unicode"},
@@ -82,7 +83,10 @@ func FuzzDecodeObject(f *testing.F) {
 		if !utf8.Valid(body) {
 			t.Fatalf("%q: accepted invalid UTF-8", body)
 		}
-		again, _ := json.Marshal(map[string]string{"a": in.A, "b": in.B})
+		again, _ := json.Marshal(struct {
+			A string `json:"a"`
+			B string `json:"b,omitempty"`
+		}{in.A, in.B})
 		var second pairRequest
 		if err := decodeObject(again, second.members()); err != nil || second != in {
 			t.Fatalf("%q: %v reads back as %v, %v", body, in, second, err)

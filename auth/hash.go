@@ -119,18 +119,17 @@ func (p *place) run(ctx context.Context, compute func()) error {
 
 // hash makes the PHC string of a new password.
 func (p *place) hash(ctx context.Context, password string) (phc string, err error) {
-	salt := make([]byte, saltBytes)
-	rand.Read(salt)
-	err = p.run(ctx, func() { phc = p.h.params.phc(password, salt) })
+	err = p.run(ctx, func() { phc = p.h.params.phc(password) })
 	return phc, err
 }
 
 // verify tells whether the password is the one that phc was made from. When
 // phc is empty or not acceptable, a hash of today's cost is computed all the
 // same and nothing matches: an unknown e-mail and a known one take the same
-// time. With a match, rehash is the password's new hash if phc was made with
-// other costs than today's.
-func (p *place) verify(ctx context.Context, phc, password string) (match bool, rehash string, err error) {
+// time. With a match, fresh is the hash to store instead of phc: that of
+// newPassword when one is given, else that of the password when phc was made
+// with other costs than today's, else "".
+func (p *place) verify(ctx context.Context, phc, password, newPassword string) (match bool, fresh string, err error) {
 	params, salt, want, parseErr := parsePHC(phc)
 	if parseErr == nil && params.MemoryKiB > 4*p.h.params.MemoryKiB {
 		parseErr = errCost
@@ -139,19 +138,20 @@ func (p *place) verify(ctx context.Context, phc, password string) (match bool, r
 		params, salt, want = p.h.params, make([]byte, saltBytes), make([]byte, hashBytes)
 		password = ""
 	}
+	if newPassword == "" && params != p.h.params {
+		newPassword = password
+	}
 	err = p.run(ctx, func() {
 		got := argon2.IDKey([]byte(password), salt, params.Iterations, params.MemoryKiB, uint8(params.Parallelism), uint32(len(want)))
 		match = subtle.ConstantTimeCompare(got, want) == 1 && parseErr == nil && password != ""
-		if match && params != p.h.params {
-			fresh := make([]byte, saltBytes)
-			rand.Read(fresh)
-			rehash = p.h.params.phc(password, fresh)
+		if match && newPassword != "" {
+			fresh = p.h.params.phc(newPassword)
 		}
 	})
 	if err == nil && phc != "" && parseErr != nil {
 		err = parseErr
 	}
-	return match, rehash, err
+	return match, fresh, err
 }
 
 // Errors of parsePHC and verify: the stored hash cannot be checked. The answer
@@ -161,8 +161,10 @@ var (
 	errCost = errors.New("password hash asks for more than four times today's memory")
 )
 
-// phc hashes password and writes the PHC string.
-func (a Argon2Params) phc(password string, salt []byte) string {
+// phc hashes password with a fresh salt and writes the PHC string.
+func (a Argon2Params) phc(password string) string {
+	salt := make([]byte, saltBytes)
+	rand.Read(salt)
 	key := argon2.IDKey([]byte(password), salt, a.Iterations, a.MemoryKiB, uint8(a.Parallelism), hashBytes)
 	return formatPHC(a, salt, key)
 }

@@ -45,10 +45,10 @@ func TestVerify(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	stronger := Argon2Params{MemoryKiB: 4 * 19456, Iterations: 1, Parallelism: 1}.phc("right password", make([]byte, 16))
-	tooStrong := Argon2Params{MemoryKiB: 4*19456 + 1, Iterations: 1, Parallelism: 1}.phc("right password", make([]byte, 16))
+	stronger := Argon2Params{MemoryKiB: 4 * 19456, Iterations: 1, Parallelism: 1}.phc("right password")
+	tooStrong := Argon2Params{MemoryKiB: 4*19456 + 1, Iterations: 1, Parallelism: 1}.phc("right password")
 	long := strings.Repeat("x", maxPassword+1)
-	ofLong := floor.phc(long, make([]byte, 16))
+	ofLong := floor.phc(long)
 	for _, row := range []struct {
 		name, phc, password string
 		match, rehash       bool
@@ -65,10 +65,20 @@ func TestVerify(t *testing.T) {
 		{"right, other costs", stronger, "right password", true, true, nil},
 		{"wrong, other costs", stronger, "wrong password", false, false, nil},
 	} {
-		match, rehash, err := place1(t, h).verify(t.Context(), row.phc, row.password)
+		match, rehash, err := place1(t, h).verify(t.Context(), row.phc, row.password, "")
 		if match != row.match || (rehash != "") != row.rehash || !errors.Is(err, row.err) {
 			t.Errorf("%s: got %v, %q, %v", row.name, match, rehash, err)
 		}
+	}
+	match, fresh, err := place1(t, h).verify(t.Context(), phc, "right password", "the next password")
+	if err != nil || !match {
+		t.Fatalf("got %v, %v", match, err)
+	}
+	if match, _, err := place1(t, h).verify(t.Context(), fresh, "the next password", ""); err != nil || !match {
+		t.Errorf("the new password: got %v, %v", match, err)
+	}
+	if _, fresh, _ := place1(t, h).verify(t.Context(), phc, "wrong password", "the next password"); fresh != "" {
+		t.Error("a new hash without a match")
 	}
 	if n := h.places.Load(); n != 0 {
 		t.Errorf("%d places still taken", n)

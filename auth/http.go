@@ -87,30 +87,71 @@ func traceOf(ctx context.Context) string {
 	return id
 }
 
-// handleJSON is the adapter between HTTP and the endpoints that take a JSON
-// object: it limits by address before any work, bounds and decodes, calls,
-// logs, counts, and writes the answer. Endpoints never see a ResponseWriter.
+// handleJSON is the adapter between HTTP and the endpoints: it limits by
+// address before any work, bounds and decodes, calls, logs, counts, and writes
+// the answer. Endpoints never see a ResponseWriter.
 func handleJSON[In any, P request[In], Out any](s *Server, event string, status int, endpoint func(context.Context, caller, In) (Out, error)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		c := s.caller(r)
 		var in In
 		var out Out
-		err := s.spendIP(c)
-		if err == nil {
-			var body []byte
-			if body, err = readBody(w, r); err == nil {
-				err = decodeObject(body, P(&in).members())
-			}
-		}
+		err := s.readRequest(w, r, c, P(&in).members())
 		if err == nil {
 			out, err = endpoint(r.Context(), c, in)
 		}
 		s.finish(r.Context(), event, c, err)
-		if err != nil {
+		switch {
+		case err != nil:
 			writeProblem(w, c.origin.TraceID, asFailure(err))
-			return
+		case status == http.StatusNoContent:
+			w.WriteHeader(status)
+		default:
+			writeJSON(w, status, out)
 		}
-		writeJSON(w, status, out)
+	}
+}
+
+// readRequest fills members from the body of a POST, else from the path.
+func (s *Server) readRequest(w http.ResponseWriter, r *http.Request, c caller, members []member) error {
+	if r.Method != http.MethodPost {
+		for _, m := range members {
+			*m.text = r.PathValue(m.name)
+		}
+		return nil
+	}
+	if err := s.spendIP(c); err != nil {
+		return err
+	}
+	if len(members) == 0 && r.ContentLength == 0 {
+		return nil // nothing to say, and nothing said
+	}
+	body, err := readBody(w, r)
+	if err != nil {
+		return err
+	}
+	return decodeObject(body, members)
+}
+
+// nothing is the input of endpoints that need none, and the output of those
+// that answer 204.
+type nothing struct{}
+
+func (*nothing) members() []member { return nil }
+
+// withBearer lets only callers with a good access token through. Whether the
+// token's session is still live is for the endpoint's own statement to check.
+func withBearer[In, Out any](s *Server, endpoint func(context.Context, caller, db.Principal, In) (Out, error)) func(context.Context, caller, In) (Out, error) {
+	return func(ctx context.Context, c caller, in In) (out Out, err error) {
+		claims, err := s.live.Load().verifier.Verify(ctx, c.bearer)
+		if err != nil {
+			return out, errInvalidToken
+		}
+		p, err := db.NewPrincipal(claims.TenantID, claims.Subject, claims.SessionID)
+		if err != nil { // unreachable with our own keys
+			return out, errInvalidToken
+		}
+		c.rec.tenant, c.rec.user, c.rec.session = p.Subject()
+		return endpoint(ctx, c, p, in)
 	}
 }
 
@@ -140,7 +181,9 @@ func (s *Server) finish(ctx context.Context, event string, c caller, err error) 
 	} else if c.rec.result == "" {
 		c.rec.result = "success"
 	}
-	s.metrics.results[event].WithLabelValues(c.rec.result).Inc()
+	if counter := s.metrics.results[event]; counter != nil {
+		counter.WithLabelValues(c.rec.result).Inc()
+	}
 	if err == nil { // never sampled: each tells of a change
 		s.log.LogAttrs(ctx, level, event, c.rec.attrs(c.origin)...)
 		return

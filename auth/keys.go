@@ -19,6 +19,8 @@ type KeyRing struct {
 	Roles  map[string]string // kid to current, previous or next
 	JWKS   []byte            // the published document
 	ETag   string            // strong validator of JWKS
+
+	sealer resetSealer // derived from the private key
 }
 
 // newKeyRing builds the ring from the JWT_* variables. The names in its errors
@@ -69,6 +71,7 @@ func newKeyRing(pems map[string]string) (KeyRing, []error) {
 			if ring.Signer, err = jwt.NewSigner(current.ID, private); err != nil {
 				errs = append(errs, fmt.Errorf("JWT_PRIVATE_KEY_PEM: %w", err))
 			}
+			ring.sealer = newResetSealer(private)
 		}
 	}
 	if len(errs) > 0 || !ok {

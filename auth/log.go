@@ -22,13 +22,20 @@ const (
 	logSampled         = "log.sampled"
 	logPruneFailed     = "prune.failed"
 
-	logRegister = "auth.register"
-	logLogin    = "auth.login"
-	logRefresh  = "auth.refresh"
-	logLockout  = "auth.lockout"
-	logHashBusy = "auth.hash_busy"
-	logHashBad  = "auth.hash_refused"
-	logReplay   = "security.refresh_replay_detected"
+	logRegister      = "auth.register"
+	logLogin         = "auth.login"
+	logRefresh       = "auth.refresh"
+	logLogout        = "auth.logout"
+	logLogoutAll     = "auth.logout_all"
+	logSessions      = "auth.sessions"
+	logSessionRevoke = "auth.session_revoke"
+	logPassword      = "auth.password_change"
+	logForgot        = "auth.password_forgot"
+	logReset         = "auth.password_reset"
+	logLockout       = "auth.lockout"
+	logHashBusy      = "auth.hash_busy"
+	logHashBad       = "auth.hash_refused"
+	logReplay        = "security.refresh_replay_detected"
 )
 
 // NewLogger writes one JSON object a line: time (RFC 3339, UTC), level, event,

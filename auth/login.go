@@ -20,9 +20,10 @@ func (r *loginRequest) members() []member {
 	}
 }
 
-// login checks one password. An unknown e-mail, a wrong or over-long password
-// and a disabled account take the same statements, one hash and the same
-// answer; only what is written at the end differs in a column.
+// login answers a right password with a new session. An unknown e-mail, a
+// wrong or over-long password and a disabled account take the same statements,
+// one hash and the same answer; only what is written at the end differs in a
+// column.
 func (s *Server) login(ctx context.Context, c caller, in loginRequest) (tokenResponse, error) {
 	tenant, err := db.ParseTenantID(in.TenantID)
 	if err != nil {
@@ -30,11 +31,38 @@ func (s *Server) login(ctx context.Context, c caller, in loginRequest) (tokenRes
 	}
 	c.rec.tenant = tenant
 	email, sent := db.LookupEmail(in.Email)
+	token := newRefreshToken()
+	var session db.Session
+	err = s.checkPassword(ctx, c, passwordCheck{tenant: tenant, email: email, sent: sent, spend: true, password: in.Password},
+		func(ctx context.Context, guess *db.Guess, rehash string) (outcome db.LoginOutcome, err error) {
+			session, outcome, err = s.store.CompleteLogin(ctx, guess, rehash, token.asNew(), c.origin)
+			return outcome, err
+		})
+	if err != nil {
+		return tokenResponse{}, err
+	}
+	c.rec.session = session.ID
+	return s.issue(session, token)
+}
 
+// passwordCheck is one password to check against an account's.
+type passwordCheck struct {
+	tenant      db.TenantID
+	email       db.Email
+	sent        string // the e-mail as it was sent: limits and locks count by it
+	spend       bool   // whether it counts for LOGIN_PER_MIN_PER_EMAIL
+	password    string
+	newPassword string // to be hashed if the password is right; "" for none
+}
+
+// checkPassword checks one password under the lock, and when it is right calls
+// complete, in whose transaction the guess is settled. fresh is the hash to
+// store, as verify returns it.
+func (s *Server) checkPassword(ctx context.Context, c caller, check passwordCheck, complete func(ctx context.Context, guess *db.Guess, fresh string) (db.LoginOutcome, error)) error {
 	// The token of LOGIN_FAILURES_PER_HOUR_PER_IP is taken before the check and
 	// given back unless the password was wrong: parallel guesses cannot slip by.
 	if ok, wait := s.ipFailures.take(c.addr); !ok {
-		return tokenResponse{}, rateLimited("ip", wait)
+		return rateLimited("ip", wait)
 	}
 	wrongPassword := false
 	defer func() {
@@ -43,23 +71,22 @@ func (s *Server) login(ctx context.Context, c caller, in loginRequest) (tokenRes
 		}
 	}()
 
-	leave, err := s.turns.enter(ctx, tenant.String()+sent)
+	leave, err := s.turns.enter(ctx, check.tenant.String()+check.sent)
 	if err != nil {
-		return tokenResponse{}, err
+		return err
 	}
 	defer leave()
 	place, err := s.hasher.queue()
 	if err != nil {
-		return tokenResponse{}, err
+		return err
 	}
 	defer place.leave()
-
-	guess, err := s.reserveGuess(ctx, c, tenant, email, sent)
+	guess, err := s.reserveGuess(ctx, c, check)
 	if err != nil {
-		return tokenResponse{}, err
+		return err
 	}
 	c.rec.user = guess.Account.User
-	match, rehash, err := place.verify(ctx, guess.Account.PasswordHash, in.Password)
+	match, fresh, err := place.verify(ctx, guess.Account.PasswordHash, check.password, check.newPassword)
 
 	// From here on the outcome is recorded even if the client hangs up: a guess
 	// that was checked counts, whoever still listens.
@@ -69,37 +96,36 @@ func (s *Server) login(ctx context.Context, c caller, in loginRequest) (tokenRes
 		s.sampler.line(ctx, slog.LevelError, logHashBad, "", append(c.rec.attrs(c.origin), slog.String("err", err.Error()))...)
 		match = false
 	case err != nil: // no slot in time, or the client left the queue: never checked
-		return tokenResponse{}, errors.Join(err, s.store.ReleaseGuess(ctx, guess))
+		return errors.Join(err, s.store.ReleaseGuess(ctx, guess))
 	}
-	if !match || guess.Account.Disabled {
-		wrongPassword = true
-		return tokenResponse{}, s.failGuess(ctx, c, guess)
-	}
-	token := newRefreshToken()
-	session, outcome, err := s.store.CompleteLogin(ctx, guess, rehash,
-		db.NewSession{ID: token.session, FamilyHash: token.familyHash(), StepHash: token.stepHash()}, c.origin)
-	if err != nil {
-		return tokenResponse{}, err
+	outcome := db.LoginChanged
+	if match && !guess.Account.Disabled {
+		outcome, err = complete(ctx, guess, fresh)
+		if errors.Is(err, db.ErrSessionOver) { // rolled back, and no guess was wrong
+			return errors.Join(err, s.store.ReleaseGuess(ctx, guess))
+		}
+		if err != nil {
+			return err
+		}
 	}
 	switch outcome {
 	case db.LoginCompleted:
-		c.rec.session = session.ID
-		return s.issue(session, token)
-	case db.LoginChanged: // the password that was right is the account's no more
+		return nil
+	case db.LoginChanged: // wrong, or right for a password that is the account's no more
 		wrongPassword = true
-		return tokenResponse{}, s.failGuess(ctx, c, guess)
+		return s.failGuess(ctx, c, guess)
 	case db.LoginLapsed: // counted as wrong already, since it took too long
-		return tokenResponse{}, errHashBusy
+		return errHashBusy
 	}
-	return tokenResponse{}, errInternal // unreachable: the outcomes are a closed list
+	return errInternal // unreachable: the outcomes are a closed list
 }
 
 // reserveGuess asks for the right to check one password. While other guesses
 // under way could reach the threshold it waits for them, within the request's
 // deadline.
-func (s *Server) reserveGuess(ctx context.Context, c caller, tenant db.TenantID, email db.Email, sent string) (*db.Guess, error) {
-	for spend := true; ; spend = false {
-		r, err := s.store.ReserveGuess(ctx, tenant, email, sent, spend, c.origin)
+func (s *Server) reserveGuess(ctx context.Context, c caller, check passwordCheck) (*db.Guess, error) {
+	for spend := check.spend; ; spend = false {
+		r, err := s.store.ReserveGuess(ctx, check.tenant, check.email, check.sent, spend, c.origin)
 		if err != nil {
 			return nil, err
 		}

@@ -47,6 +47,8 @@ type metrics struct {
 }
 
 // results are the label values of each operation's counter (spec section 4).
+// Operations that end sessions share one counter, as do the two halves of a
+// password reset.
 var results = map[string]struct {
 	metric, help string
 	values       []string
@@ -54,7 +56,13 @@ var results = map[string]struct {
 	logRegister: {"auth_register_total", "Registrations by result.", []string{"success", "weak_password", "conflict", "rate_limited", "hash_busy", "invalid", "unauthorized", "unavailable", "error"}},
 	logLogin:    {"auth_login_total", "Logins by result.", []string{"success", "failure", "locked", "rate_limited", "hash_busy", "invalid", "unavailable", "error"}},
 	logRefresh:  {"auth_refresh_total", "Refreshes by result.", []string{"success", "replay", "expired", "revoked", "invalid", "rate_limited", "reused", "unavailable", "error"}},
+	logLogout:   {"auth_logout_total", "Logouts, of one session or all, by result.", []string{"success", "invalid", "unauthorized", "rate_limited", "unavailable", "error"}},
+	logPassword: {"auth_password_change_total", "Password changes by result.", []string{"success", "failure", "weak_password", "locked", "rate_limited", "hash_busy", "invalid", "unauthorized", "unavailable", "error"}},
+	logReset:    {"auth_password_reset_total", "Password resets by result; requested counts what was asked for, whether or not there is an account.", []string{"success", "requested", "weak_password", "rate_limited", "hash_busy", "invalid", "unavailable", "error"}},
 }
+
+// sharedResults are the operations that count on another one's counter.
+var sharedResults = map[string]string{logLogoutAll: logLogout, logSessionRevoke: logLogout, logForgot: logReset}
 
 var hashBuckets = []float64{0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5}
 
@@ -86,6 +94,9 @@ func newMetrics(build Build, poolStats func() db.PoolStats, routes []route) *met
 	}
 	for event, r := range results {
 		m.results[event] = counter(r.metric, r.help, "result", r.values...)
+	}
+	for event, counted := range sharedResults {
+		m.results[event] = m.results[counted]
 	}
 	m.lockouts = prometheus.NewCounter(prometheus.CounterOpts{Name: "auth_lockouts_total", Help: "Locks begun by too many wrong passwords."})
 	reg.MustRegister(m.lockouts)

@@ -30,6 +30,8 @@ var (
 	errUnauthorized       = &problem{401, "unauthorized", "This endpoint needs a token.", "unauthorized"}
 	errInvalidCredentials = &problem{401, "invalid_credentials", "E-mail or password is wrong.", "failure"}
 	errInvalidRefresh     = &problem{401, "invalid_refresh_token", "The refresh token is not valid.", "invalid"}
+	errInvalidToken       = &problem{401, "invalid_token", "The access token is missing or not valid.", "unauthorized"}
+	errInvalidReset       = &problem{400, "invalid_reset_token", "The reset token is not valid, or was used.", "invalid"}
 	errNotFound           = &problem{404, "not_found", "There is nothing here.", "invalid"}
 	errMethodNotAllowed   = &problem{405, "method_not_allowed", "The method is not allowed here.", "invalid"}
 	errBodyTimeout        = &problem{408, "request_timeout", "The request body did not arrive in time.", "invalid"}
@@ -45,7 +47,8 @@ var (
 
 // problems lists the table for tests and for the metrics' label values.
 var problems = []*problem{
-	errInvalidRequest, errWeakPassword, errUnauthorized, errInvalidCredentials, errInvalidRefresh, errNotFound, errMethodNotAllowed, errBodyTimeout,
+	errInvalidRequest, errWeakPassword, errUnauthorized, errInvalidCredentials, errInvalidRefresh,
+	errInvalidToken, errInvalidReset, errNotFound, errMethodNotAllowed, errBodyTimeout,
 	errConflict, errBodyTooLarge, errUnsupportedMedia, errLocked, errRateLimited, errInternal, errHashBusy, errUnavailable,
 }
 
@@ -84,6 +87,8 @@ func asFailure(err error) *failure {
 		return f
 	case errors.As(err, &p):
 		return &failure{problem: p}
+	case errors.Is(err, db.ErrSessionOver):
+		return &failure{problem: errInvalidToken}
 	case errors.Is(err, db.ErrUnavailable), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
 		// Cancelled: the client has gone and reads no answer.
 		return &failure{problem: errUnavailable}
@@ -124,8 +129,11 @@ func writeProblem(w http.ResponseWriter, trace string, f *failure) {
 	case http.StatusLocked, http.StatusTooManyRequests, http.StatusServiceUnavailable:
 		h.Set("Retry-After", strconv.Itoa(max(1, int(math.Ceil(f.retryAfter.Seconds())))))
 	case http.StatusUnauthorized:
-		if f.problem == errUnauthorized {
-			h.Set("WWW-Authenticate", "Bearer")
+		switch f.problem { // RFC 6750 section 3
+		case errUnauthorized:
+			h.Set("WWW-Authenticate", `Bearer`)
+		case errInvalidToken:
+			h.Set("WWW-Authenticate", `Bearer error="invalid_token"`)
 		}
 	}
 	w.WriteHeader(f.status)

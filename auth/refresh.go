@@ -17,25 +17,35 @@ func (r *refreshRequest) members() []member {
 	}
 }
 
-// refresh spends a refresh token in one round trip and issues its successor.
-func (s *Server) refresh(ctx context.Context, c caller, in refreshRequest) (tokenResponse, error) {
-	step := db.Step{}
-	if in.TenantID != "" {
-		tenant, err := db.ParseTenantID(in.TenantID)
+// parse returns the token and what of it the store is told.
+func (r refreshRequest) parse() (refreshToken, db.Step, error) {
+	var step db.Step
+	if r.TenantID != "" {
+		tenant, err := db.ParseTenantID(r.TenantID)
 		if err != nil {
-			return tokenResponse{}, invalidFields(fieldError{"tenant_id", "not_a_uuid"})
+			return refreshToken{}, step, invalidFields(fieldError{"tenant_id", "not_a_uuid"})
 		}
 		step.Tenant = &tenant
 	}
-	token, err := parseRefreshToken(in.RefreshToken)
+	token, err := parseRefreshToken(r.RefreshToken)
 	if err != nil {
-		return tokenResponse{}, errInvalidRefresh
+		return refreshToken{}, step, errInvalidRefresh
+	}
+	step.Session, step.Generation = token.session, token.generation
+	step.FamilyHash, step.StepHash = token.familyHash(), token.stepHash()
+	return token, step, nil
+}
+
+// refresh spends a refresh token in one round trip and issues its successor.
+func (s *Server) refresh(ctx context.Context, c caller, in refreshRequest) (tokenResponse, error) {
+	token, step, err := in.parse()
+	if err != nil {
+		return tokenResponse{}, err
 	}
 	seed := make([]byte, 32)
 	rand.Read(seed)
 	next := token.successor(seed)
-	step.Session, step.Generation = token.session, token.generation
-	step.FamilyHash, step.StepHash, step.NextHash, step.NextSeed = token.familyHash(), token.stepHash(), next.stepHash(), seed
+	step.NextHash, step.NextSeed = next.stepHash(), seed
 
 	r, err := s.store.RotateSession(ctx, step, c.origin)
 	if err != nil {

@@ -34,13 +34,32 @@ type refreshToken struct {
 
 const (
 	refreshPrefix = "iar_" // for secret scanners
-	refreshBytes  = 16 + 8 + 32 + 32 + 4
+	refreshBytes  = 16 + 8 + 32 + 32
 )
 
-// refreshLength is the length of every refresh token in bytes.
-var refreshLength = len(refreshPrefix) + base64.RawURLEncoding.EncodedLen(refreshBytes)
+var errToken = errors.New("not a token of this kind")
 
-var errRefreshToken = errors.New("not a refresh token")
+// encodeToken writes a prefix, a body and its checksum in base64url.
+func encodeToken(prefix string, body []byte) string {
+	return prefix + base64.RawURLEncoding.EncodeToString(binary.BigEndian.AppendUint32(body, crc32.ChecksumIEEE(body)))
+}
+
+// decodeToken accepts exactly what encodeToken writes for a body of size bytes.
+func decodeToken(prefix, s string, size int) ([]byte, error) {
+	encoded, ok := strings.CutPrefix(s, prefix)
+	if !ok || len(encoded) != base64.RawURLEncoding.EncodedLen(size+4) {
+		return nil, errToken
+	}
+	b, err := base64.RawURLEncoding.Strict().DecodeString(encoded)
+	if err != nil || len(b) != size+4 { // line breaks are skipped, so the length can differ
+		return nil, errToken
+	}
+	body, sum := b[:size], b[size:]
+	if binary.BigEndian.Uint32(sum) != crc32.ChecksumIEEE(body) {
+		return nil, errToken
+	}
+	return body, nil
+}
 
 func newRefreshToken() refreshToken {
 	t := refreshToken{session: db.NewSessionID()}
@@ -51,30 +70,24 @@ func newRefreshToken() refreshToken {
 
 // String is the token as clients get it.
 func (t refreshToken) String() string {
-	b := make([]byte, 0, refreshBytes)
+	b := make([]byte, 0, refreshBytes+4)
 	id := t.session.Bytes()
 	b = append(b, id[:]...)
 	b = binary.BigEndian.AppendUint64(b, uint64(t.generation))
 	b = append(b, t.family[:]...)
 	b = append(b, t.step[:]...)
-	b = binary.BigEndian.AppendUint32(b, crc32.ChecksumIEEE(b))
-	return refreshPrefix + base64.RawURLEncoding.EncodeToString(b)
+	return encodeToken(refreshPrefix, b)
 }
 
 // parseRefreshToken accepts exactly what String writes.
 func parseRefreshToken(s string) (refreshToken, error) {
-	encoded, ok := strings.CutPrefix(s, refreshPrefix)
-	if !ok || len(s) != refreshLength {
-		return refreshToken{}, errRefreshToken
+	body, err := decodeToken(refreshPrefix, s, refreshBytes)
+	if err != nil {
+		return refreshToken{}, err
 	}
-	b, err := base64.RawURLEncoding.Strict().DecodeString(encoded)
-	if err != nil || len(b) != refreshBytes { // line breaks are skipped, so the length can differ
-		return refreshToken{}, errRefreshToken
-	}
-	body, sum := b[:refreshBytes-4], b[refreshBytes-4:]
 	generation := binary.BigEndian.Uint64(body[16:24])
-	if binary.BigEndian.Uint32(sum) != crc32.ChecksumIEEE(body) || generation >= 1<<62 {
-		return refreshToken{}, errRefreshToken
+	if generation >= 1<<62 {
+		return refreshToken{}, errToken
 	}
 	t := refreshToken{session: db.SessionIDFromBytes([16]byte(body[:16])), generation: int64(generation)}
 	copy(t.family[:], body[24:56])
@@ -92,6 +105,11 @@ func (t refreshToken) successor(seed []byte) refreshToken {
 	next.generation++
 	copy(next.step[:], mac.Sum(nil))
 	return next
+}
+
+// asNew is a session about to begin with t as its first token.
+func (t refreshToken) asNew() db.NewSession {
+	return db.NewSession{ID: t.session, FamilyHash: t.familyHash(), StepHash: t.stepHash()}
 }
 
 func (t refreshToken) familyHash() []byte { return sum256(t.family) }

@@ -14,7 +14,7 @@ func TestRefreshTokenRoundTrip(t *testing.T) {
 	if err != nil || got != token {
 		t.Fatalf("got %v, %v", got, err)
 	}
-	if !strings.HasPrefix(s, "iar_") || len(s) != refreshLength {
+	if !strings.HasPrefix(s, "iar_") || len(s) != 127 {
 		t.Errorf("form: %d bytes, %.4s", len(s), s)
 	}
 	if newRefreshToken() == newRefreshToken() {

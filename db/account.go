@@ -100,6 +100,12 @@ func (s *Store) CompleteLogin(ctx context.Context, g *Guess, newHash string, n N
 		}
 		return s.revokeBeyondLimit(ctx, tx, about, origin)
 	})
+	return s.loginOutcome(session, err)
+}
+
+// loginOutcome tells what a transaction that began with settleGuess and
+// acceptPassword came to.
+func (s *Store) loginOutcome(session Session, err error) (Session, LoginOutcome, error) {
 	switch {
 	case errors.Is(err, errLapsed):
 		return Session{}, LoginLapsed, nil

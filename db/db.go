@@ -49,6 +49,7 @@ type Rules struct {
 	SessionMaxAge    time.Duration // absolute life of a session
 	ReuseGrace       time.Duration // 0: a spent token is always a replay
 	MaxSessions      int           // per account; 0: no limit
+	ResetTTL         time.Duration // life of a password reset token
 	SessionRetention time.Duration // how long ended sessions are kept
 	OutboxRetention  time.Duration // how long relayed events are kept
 }
@@ -242,7 +243,7 @@ func (s *Store) classify(err error) error {
 	var pgErr *pgconn.PgError
 	if !errors.As(err, &pgErr) {
 		var own ownError
-		if errors.As(err, &own) {
+		if errors.As(err, &own) || errors.Is(err, ErrSessionOver) {
 			return err
 		}
 		return fmt.Errorf("%w: %w", ErrUnavailable, err)

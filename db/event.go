@@ -3,7 +3,6 @@ package db
 import (
 	"context"
 	"encoding/json"
-	"time"
 
 	"github.com/jackc/pgx/v5"
 )
@@ -13,16 +12,23 @@ type EventType string
 
 // The event types that this package writes.
 const (
-	EventRegistered     EventType = "auth.user.registered"
-	EventLoggedIn       EventType = "auth.user.logged_in"
-	EventTokenRefreshed EventType = "auth.token.refreshed"
-	EventSessionRevoked EventType = "auth.session.revoked"
-	EventLockout        EventType = "auth.lockout"
-	EventReplayDetected EventType = "security.refresh_replay_detected"
+	EventRegistered      EventType = "auth.user.registered"
+	EventLoggedIn        EventType = "auth.user.logged_in"
+	EventTokenRefreshed  EventType = "auth.token.refreshed"
+	EventLoggedOut       EventType = "auth.user.logged_out"
+	EventSessionRevoked  EventType = "auth.session.revoked"
+	EventPasswordChanged EventType = "auth.user.password_changed"
+	EventResetRequested  EventType = "auth.user.password_reset_requested"
+	EventLockout         EventType = "auth.lockout"
+	EventReplayDetected  EventType = "security.refresh_replay_detected"
 )
 
-// EventTypes lists them, for metrics that exist at 0 from the start.
-var EventTypes = []EventType{EventRegistered, EventLoggedIn, EventTokenRefreshed, EventSessionRevoked, EventLockout, EventReplayDetected}
+// EventTypes lists them and the reset secret, for metrics that exist at 0 from
+// the start.
+var EventTypes = []EventType{
+	EventRegistered, EventLoggedIn, EventTokenRefreshed, EventLoggedOut, EventSessionRevoked,
+	EventPasswordChanged, EventResetRequested, EventLockout, EventReplayDetected, EventPasswordResetSecret,
+}
 
 // Origin is where a change came from. It is told in events and kept with
 // sessions; the texts have been cut and cleaned by the caller.
@@ -55,9 +61,3 @@ func addEvent(ctx context.Context, tx pgx.Tx, t EventType, about subject, origin
 		t, about.tenant, about.user, origin.TraceID, body)
 	return err
 }
-
-// eventTime is how times stand in event data: RFC 3339 in UTC. SQL that
-// builds data uses eventTimeSQL for the same form.
-func eventTime(t time.Time) string { return t.UTC().Format("2006-01-02T15:04:05.000000Z") }
-
-const eventTimeSQL = `'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'`

@@ -75,12 +75,18 @@ func (s *Store) updateRelay(ctx context.Context, sql string, args ...any) (held 
 	return held, err
 }
 
+// unsentSQL walks along outbox_unsent. NOT IN becomes a hash of the held lanes
+// beside it: neither their number nor that of sent rows makes it slow.
+const unsentSQL = `
+SELECT seq, event_id, event_type, tenant_id, user_id, trace_id, causation_id, occurred_at, data
+  FROM outbox
+ WHERE sent_at IS NULL
+   AND (tenant_id, user_id, event_type = $1) NOT IN (SELECT * FROM unnest($2::uuid[], $3::uuid[], $4::boolean[]))
+ ORDER BY seq LIMIT $5`
+
 // UnsentEvents are the first unacknowledged events in the order of writing,
 // without those of the held lanes. Each row itself says that it is unsent, so
 // one that becomes visible after later ones is not missed.
-//
-// NOT IN becomes a hash of the held lanes beside a walk along outbox_unsent:
-// neither the number of lanes nor that of sent rows makes it slow.
 func (s *Store) UnsentEvents(ctx context.Context, limit int, held []Lane) ([]OutboxRow, error) {
 	tenants, users, secret := make([]TenantID, len(held)), make([]UserID, len(held)), make([]bool, len(held))
 	for i, l := range held {
@@ -88,12 +94,7 @@ func (s *Store) UnsentEvents(ctx context.Context, limit int, held []Lane) ([]Out
 	}
 	var rows []OutboxRow
 	err := s.do(ctx, func(ctx context.Context, conn *pgxpool.Conn) error {
-		found, err := conn.Query(ctx, `
-SELECT seq, event_id, event_type, tenant_id, user_id, trace_id, causation_id, occurred_at, data
-  FROM outbox
- WHERE sent_at IS NULL
-   AND (tenant_id, user_id, event_type = $1) NOT IN (SELECT * FROM unnest($2::uuid[], $3::uuid[], $4::boolean[]))
- ORDER BY seq LIMIT $5`, EventPasswordResetSecret, tenants, users, secret, limit)
+		found, err := conn.Query(ctx, unsentSQL, EventPasswordResetSecret, tenants, users, secret, limit)
 		if err != nil {
 			return err
 		}
@@ -108,20 +109,11 @@ SELECT seq, event_id, event_type, tenant_id, user_id, trace_id, causation_id, oc
 // Ack is JetStream's acknowledgement of one row.
 type Ack struct{ Seq, StreamSeq int64 }
 
-// MarkSent records acknowledgements of one stream, received since generation
-// was learnt from CompareStream. ok is false, and nothing is recorded, when a
-// loss was noticed since: what was acknowledged may be gone. Recording twice
-// does no harm.
-func (s *Store) MarkSent(ctx context.Context, stream string, generation int64, acks []Ack) (ok bool, err error) {
-	seqs, streamSeqs := make([]int64, len(acks)), make([]int64, len(acks))
-	for i, a := range acks {
-		seqs[i], streamSeqs[i] = a.Seq, a.StreamSeq
-	}
-	// The lock on the stream's row, which sent needs first, makes this come
-	// wholly before or wholly after a CompareStream. sent does not ask whether
-	// the row is unsent: that would invite a walk over the whole backlog in
-	// place of one look-up a row.
-	err = s.queryRow(ctx, []any{&ok}, `
+// markSentSQL needs the lock on the stream's row first, which makes it come
+// wholly before or wholly after a CompareStream. It does not ask whether a row
+// is unsent: that would invite a walk over the whole backlog in place of one
+// look-up a row.
+const markSentSQL = `
 WITH fence AS (
     UPDATE relay_streams SET acked_seq = greatest(acked_seq, (SELECT max(a) FROM unnest($4::bigint[]) AS a))
      WHERE stream = $1 AND generation = $2
@@ -133,7 +125,18 @@ WITH fence AS (
       FROM fence, unnest($3::bigint[], $4::bigint[]) AS a(seq, stream_seq)
      WHERE o.seq = a.seq
 )
-SELECT EXISTS (SELECT FROM fence)`, stream, generation, seqs, streamSeqs, EventPasswordResetSecret)
+SELECT EXISTS (SELECT FROM fence)`
+
+// MarkSent records acknowledgements of one stream, received since generation
+// was learnt from CompareStream. ok is false, and nothing is recorded, when a
+// loss was noticed since: what was acknowledged may be gone. Recording twice
+// does no harm.
+func (s *Store) MarkSent(ctx context.Context, stream string, generation int64, acks []Ack) (ok bool, err error) {
+	seqs, streamSeqs := make([]int64, len(acks)), make([]int64, len(acks))
+	for i, a := range acks {
+		seqs[i], streamSeqs[i] = a.Seq, a.StreamSeq
+	}
+	err = s.queryRow(ctx, []any{&ok}, markSentSQL, stream, generation, seqs, streamSeqs, EventPasswordResetSecret)
 	return ok, err
 }
 

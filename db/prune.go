@@ -14,7 +14,8 @@ const (
 	pruneBatches = 20
 )
 
-// Prune deletes what says nothing any more: locks and limits that are over,
+// Prune deletes what says nothing any more: locks, limits and reset tokens
+// that are over, secrets that no mailer fetched in the life of their token,
 // and sessions that ended longer than SessionRetention ago. What is left over
 // is for the next call. SKIP LOCKED keeps out of the way of traffic and of
 // other replicas.
@@ -33,6 +34,21 @@ DELETE FROM guards WHERE key IN (
 DELETE FROM rate_windows WHERE key IN (
     SELECT key FROM rate_windows WHERE window_ends < clock_timestamp()
      LIMIT $1 FOR UPDATE SKIP LOCKED)`)
+	if err != nil {
+		return err
+	}
+	err = s.deleteInBatches(ctx, `
+DELETE FROM reset_tokens WHERE token_hash IN (
+    SELECT token_hash FROM reset_tokens WHERE expires_at < clock_timestamp()
+     LIMIT $1 FOR UPDATE SKIP LOCKED)`)
+	if err != nil {
+		return err
+	}
+	err = s.deleteInBatches(ctx, `
+DELETE FROM outbox WHERE seq IN (
+    SELECT seq FROM outbox
+     WHERE sent_at IS NULL AND event_type = $3 AND occurred_at < clock_timestamp() - $2::interval
+     LIMIT $1 FOR UPDATE SKIP LOCKED)`, s.rules.ResetTTL, EventPasswordResetSecret)
 	if err != nil {
 		return err
 	}

@@ -31,25 +31,35 @@ func (s *Store) revokeBeyondLimit(ctx context.Context, tx pgx.Tx, about subject,
 	if s.rules.MaxSessions == 0 {
 		return nil
 	}
-	_, err := tx.Exec(ctx, `
-WITH revoked AS (
-    UPDATE sessions SET revoked_at = t, revoked_reason = 'limit', expires_at = least(expires_at, t)
-      FROM clock_timestamp() AS t
-     WHERE id IN (SELECT id FROM sessions
-                   WHERE tenant_id = $1 AND user_id = $2 AND revoked_at IS NULL AND expires_at > clock_timestamp()
-                   ORDER BY used_at DESC, id OFFSET $3)
-       AND revoked_at IS NULL
-    RETURNING id, revoked_reason
-)`+insertEvents+`
-SELECT 'auth.session.revoked', $1, $2, $4, NULL, `+revokedData+` FROM revoked AS r`,
-		about.tenant, about.user, s.rules.MaxSessions, origin.TraceID, s.rules.AccessTokenTTL)
-	return err
+	return s.revokeWhere(ctx, tx, about, "limit", origin, `
+id IN (SELECT id FROM sessions
+        WHERE tenant_id = $1 AND user_id = $2 AND revoked_at IS NULL AND expires_at > clock_timestamp()
+        ORDER BY used_at DESC, id OFFSET $6)`, s.rules.MaxSessions)
 }
 
-// revokedData is the data of auth.session.revoked for a revoked row r, with
-// ACCESS_TOKEN_TTL in $5: no access token of the session outlives it.
-const revokedData = `jsonb_build_object('user_id', $2::uuid, 'session_id', r.id, 'reason', r.revoked_reason,
-    'access_tokens_expire_at', to_char((clock_timestamp() + $5::interval) AT TIME ZONE 'UTC', ` + eventTimeSQL + `))`
+// revokeSessions revokes every session of the account but one; a zero id
+// spares none. The caller holds the account's row lock: no login of the
+// account is under way, and two of these never wait for each other's rows.
+func (s *Store) revokeSessions(ctx context.Context, tx pgx.Tx, about subject, spare SessionID, reason string, origin Origin) error {
+	return s.revokeWhere(ctx, tx, about, reason, origin, `id <> $6`, spare)
+}
+
+// revokeWhere revokes the account's sessions that match and writes their
+// events. A session that is over by itself is revoked too: it cannot come back
+// under a longer REFRESH_TOKEN_TTL.
+func (s *Store) revokeWhere(ctx context.Context, tx pgx.Tx, about subject, reason string, origin Origin, match string, arg any) error {
+	_, err := tx.Exec(ctx, `
+WITH revoked AS (
+    UPDATE sessions SET revoked_at = t, revoked_reason = $3, expires_at = least(expires_at, t)
+      FROM clock_timestamp() AS t
+     WHERE tenant_id = $1 AND user_id = $2 AND revoked_at IS NULL AND `+match+`
+    RETURNING id
+)`+insertEvents+`
+SELECT 'auth.session.revoked', $1, $2, $4, NULL,
+       jsonb_build_object('user_id', $2::uuid, 'session_id', id, 'reason', $3::text, 'access_tokens_expire_at', event_time(clock_timestamp() + $5::interval))
+  FROM revoked`, about.tenant, about.user, reason, origin.TraceID, s.rules.AccessTokenTTL, arg)
+	return err
+}
 
 // Step is a refresh token as it was presented, and what the row becomes if the
 // token is the current one. Secrets come hashed; the seed is worthless without
@@ -147,7 +157,7 @@ WITH s AS (
     UNION ALL
     SELECT 'auth.session.revoked', tenant_id, user_id, $10, replay.event_id,
            jsonb_build_object('user_id', user_id, 'session_id', id, 'reason', revoked_reason,
-               'access_tokens_expire_at', to_char((clock_timestamp() + $14::interval) AT TIME ZONE 'UTC', ` + eventTimeSQL + `))
+               'access_tokens_expire_at', event_time(clock_timestamp() + $14::interval))
       FROM s, replay WHERE outcome = 'replay'
 )
 SELECT s.tenant_id, s.user_id, s.outcome, s.generation, s.step_seed, s.created_at,

@@ -2,6 +2,10 @@
 -- fillfactor leaves room for HOT updates: no index names a column that an
 -- ordinary login or refresh changes.
 
+CREATE FUNCTION event_time(t timestamptz) RETURNS text LANGUAGE sql STABLE
+RETURN to_char(t AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"');
+COMMENT ON FUNCTION event_time IS 'How times stand in event data: RFC 3339 in UTC.';
+
 CREATE TABLE accounts (
     tenant_id           uuid        NOT NULL,
     user_id             uuid        NOT NULL,
