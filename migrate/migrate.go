@@ -116,6 +116,23 @@ type State struct {
 	Unknown   bool      // applied by a newer binary
 }
 
+// String is one line for operators.
+func (s State) String() string {
+	what := "pending"
+	switch {
+	case s.Changed:
+		what = "CHANGED since it was applied "
+	case s.Unknown:
+		what = "newer than this binary, applied "
+	case !s.AppliedAt.IsZero():
+		what = "applied "
+	}
+	if !s.AppliedAt.IsZero() {
+		what += s.AppliedAt.UTC().Format(time.RFC3339)
+	}
+	return fileName(s.Version, s.Name) + "  " + what
+}
+
 // Status lists every migration that this binary or the database knows, by
 // version. It only reads: it works before the first Apply, and for a role that
 // may SELECT from schema_migrations and nothing else.

@@ -237,6 +237,23 @@ func TestNewerSchemaIsAccepted(t *testing.T) {
 	}
 }
 
+func TestStateString(t *testing.T) {
+	at := time.Date(2030, 1, 2, 3, 4, 5, 6, time.FixedZone("", 3600))
+	for _, test := range []struct {
+		state migrate.State
+		want  string
+	}{
+		{migrate.State{Version: 1, Name: "a"}, "0001_a.sql  pending"},
+		{migrate.State{Version: 1, Name: "a", AppliedAt: at}, "0001_a.sql  applied 2030-01-02T02:04:05Z"},
+		{migrate.State{Version: 1, Name: "a", AppliedAt: at, Changed: true}, "0001_a.sql  CHANGED since it was applied 2030-01-02T02:04:05Z"},
+		{migrate.State{Version: 2, Name: "b", AppliedAt: at, Unknown: true}, "0002_b.sql  newer than this binary, applied 2030-01-02T02:04:05Z"},
+	} {
+		if got := test.state.String(); got != test.want {
+			t.Errorf("got %q, want %q", got, test.want)
+		}
+	}
+}
+
 func TestFailureLeavesNothing(t *testing.T) {
 	url := dbtest.Empty(t)
 	const good, bad = "CREATE TABLE a ()", "CREATE TABLE half (); SELECT 1 / 0; CREATE TABLE never ()"

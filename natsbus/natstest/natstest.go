@@ -233,7 +233,14 @@ func (s *Server) Restart() {
 }
 
 // Pause freezes the server: connections stay open and nothing answers.
-func (s *Server) Pause() { s.t.Helper(); s.must(s.process.Signal(syscall.SIGSTOP)) }
+func (s *Server) Pause() {
+	s.t.Helper()
+	s.must(s.process.Signal(syscall.SIGSTOP))
+	var status syscall.WaitStatus // tells when the last thread has stopped
+	if _, err := syscall.Wait4(s.process.Pid, &status, syscall.WUNTRACED, nil); err != nil || !status.Stopped() {
+		s.t.Fatalf("pausing nats-server: %v, status %#x", err, status)
+	}
+}
 
 // Resume ends a Pause.
 func (s *Server) Resume() { s.t.Helper(); s.must(s.process.Signal(syscall.SIGCONT)) }

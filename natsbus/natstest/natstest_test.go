@@ -6,8 +6,10 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -99,5 +101,36 @@ func TestOptions(t *testing.T) {
 	}
 	if got, _ := say(t, s, `CONNECT {"verbose":false,"user":"alice","pass":"correct horse"}`+"\r\nPING", soon); got != "PONG\r\n" {
 		t.Errorf("with the password: got %q, want PONG", got)
+	}
+}
+
+// TestNothingOutlivesTheTests kills a test process whose server is frozen.
+func TestNothingOutlivesTheTests(t *testing.T) {
+	const victim = "NATSTEST_VICTIM"
+	if os.Getenv(victim) != "" {
+		s := natstest.New(t)
+		fmt.Println(s.StoreDir())
+		fmt.Println(s.URL())
+		s.Pause()
+		syscall.Kill(os.Getpid(), syscall.SIGKILL)
+	}
+	cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$")
+	cmd.Env = append(os.Environ(), victim+"=1")
+	out, err := cmd.Output()
+	lines := strings.Fields(string(out))
+	if err == nil || len(lines) != 2 {
+		t.Fatalf("victim: got %v, %q, want its death after two lines", err, out)
+	}
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		if _, err := os.Stat(filepath.Dir(lines[0])); err != nil { // removed after the server has ended
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%s is still there", lines[0])
+		}
+	}
+	if conn, err := net.Dial("tcp", strings.TrimPrefix(lines[1], "nats://")); err == nil {
+		conn.Close()
+		t.Errorf("%s still takes connections", lines[1])
 	}
 }
