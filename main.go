@@ -19,6 +19,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -49,6 +50,9 @@ const usage = `usage: identity-auth [command]
   serve            apply migrations (MIGRATE_ON_START) and serve; the default
   migrate          apply migrations
   migrate status   list migrations
+  outbox status    how many events wait for NATS, and for how long
+  outbox replay --since T [--until T]
+                   send relayed events again, T in RFC 3339
   healthcheck      ask the local /health/ready; exit 0 or 1
   keygen DIR       make an RSA-3072 pair, DIR/private.pem and DIR/public.pem
   version          print version, commit and Go version
@@ -67,22 +71,15 @@ func run(ctx context.Context, args []string, lookup func(string) (string, bool),
 	if len(args) == 0 {
 		args = []string{"serve"}
 	}
-	flags := flag.NewFlagSet("identity-auth", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
-	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
-		fmt.Fprint(stdout, usage)
-		return exitOK
-	} else if err != nil || flags.NArg() == 0 {
-		fmt.Fprint(stderr, usage)
-		return exitUsage
-	}
-	switch command, rest := flags.Arg(0), flags.Args()[1:]; {
+	switch command, rest := args[0], args[1:]; {
 	case command == "serve" && len(rest) == 0:
 		return serve(ctx, lookup, stdout, stderr)
 	case command == "migrate" && len(rest) == 0:
 		return migrateNow(ctx, lookup, stdout, stderr)
 	case command == "migrate" && len(rest) == 1 && rest[0] == "status":
 		return migrateStatus(ctx, lookup, stdout, stderr)
+	case command == "outbox" && len(rest) > 0:
+		return outbox(ctx, rest, lookup, stdout, stderr)
 	case command == "healthcheck" && len(rest) == 0:
 		return healthcheck(ctx, lookup, stderr)
 	case command == "keygen" && len(rest) == 1:
@@ -91,7 +88,7 @@ func run(ctx context.Context, args []string, lookup func(string) (string, bool),
 		b := auth.ReadBuild(version, commit)
 		fmt.Fprintf(stdout, "identity-auth %s commit %s %s\n", b.Version, b.Revision, b.GoVersion)
 		return exitOK
-	case command == "help" && len(rest) == 0:
+	case slices.Contains([]string{"help", "-h", "-help", "--help"}, command):
 		fmt.Fprint(stdout, usage)
 		return exitOK
 	}
@@ -117,15 +114,9 @@ func serve(ctx context.Context, lookup func(string) (string, bool), stdout, stde
 	}
 	debug.SetMemoryLimit(int64(cfg.MaxConcurrentHashes)*int64(cfg.Argon2.MemoryKiB)*1024 + runtimeReserve)
 
-	store, err := db.Open(cfg.DatabaseURL.Reveal(), cfg.DatabaseMaxConnections, db.Rules{
-		LoginPerMinute: cfg.LoginPerMinute, RefreshPerMinute: cfg.RefreshPerMinute,
-		LockoutThreshold: cfg.LockoutThreshold, LockoutDuration: cfg.LockoutDuration,
-		AccessTokenTTL: cfg.AccessTokenTTL, RefreshTokenTTL: cfg.RefreshTokenTTL, SessionMaxAge: cfg.SessionMaxAge,
-		ReuseGrace: cfg.ReuseGrace, MaxSessions: cfg.MaxSessions, ResetTTL: cfg.PasswordResetTTL,
-		SessionRetention: cfg.SessionRetention, OutboxRetention: cfg.OutboxRetention,
-	})
+	store, err := openStore(cfg)
 	if err != nil {
-		return usageError(stderr, fmt.Errorf("DATABASE_URL: %w", err))
+		return usageError(stderr, err)
 	}
 	defer store.Close()
 	schemaReady := new(atomic.Bool)
@@ -188,6 +179,20 @@ func serve(ctx context.Context, lookup func(string) (string, bool), stdout, stde
 	loops.Wait()
 	log.Info("service.stopped")
 	return code
+}
+
+func openStore(cfg auth.Config) (*db.Store, error) {
+	store, err := db.Open(cfg.DatabaseURL.Reveal(), cfg.DatabaseMaxConnections, db.Rules{
+		LoginPerMinute: cfg.LoginPerMinute, RefreshPerMinute: cfg.RefreshPerMinute,
+		LockoutThreshold: cfg.LockoutThreshold, LockoutDuration: cfg.LockoutDuration,
+		AccessTokenTTL: cfg.AccessTokenTTL, RefreshTokenTTL: cfg.RefreshTokenTTL, SessionMaxAge: cfg.SessionMaxAge,
+		ReuseGrace: cfg.ReuseGrace, MaxSessions: cfg.MaxSessions, ResetTTL: cfg.PasswordResetTTL,
+		SessionRetention: cfg.SessionRetention, OutboxRetention: cfg.OutboxRetention,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("DATABASE_URL: %w", err)
+	}
+	return store, nil
 }
 
 func natsConfig(cfg auth.Config) natsbus.Config {
@@ -341,6 +346,52 @@ func migrateStatus(ctx context.Context, lookup func(string) (string, bool), stdo
 		}
 		return err
 	})
+}
+
+// outbox shows the backlog, or makes relayed events of a span of time unsent
+// again, for the relay of a running service to send.
+func outbox(ctx context.Context, args []string, lookup func(string) (string, bool), stdout, stderr io.Writer) int {
+	since, until := time.Time{}, time.Now()
+	flags := flag.NewFlagSet("outbox", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	flags.TextVar(&since, "since", since, "")
+	flags.TextVar(&until, "until", until, "")
+	err := flags.Parse(args[1:])
+	status, replay := args[0] == "status" && len(args) == 1, args[0] == "replay" && !since.IsZero() && flags.NArg() == 0
+	if err != nil || !status && !replay {
+		fmt.Fprint(stderr, usage)
+		return exitUsage
+	}
+	cfg, err := auth.LoadSome(lookup, "DATABASE_URL", "DATABASE_MAX_CONNECTIONS")
+	if err != nil {
+		return usageError(stderr, err)
+	}
+	store, err := openStore(cfg)
+	if err != nil {
+		return usageError(stderr, err)
+	}
+	defer store.Close()
+	var total int64
+	for n, next := int64(0), int64(0); replay; total += n {
+		if n, next, err = store.Replay(ctx, since, until, next); err != nil || next == 0 {
+			total += n
+			break
+		}
+	}
+	var pending int64
+	var oldest time.Duration
+	if err == nil {
+		pending, oldest, err = store.OutboxBacklog(ctx)
+	}
+	if err != nil {
+		fmt.Fprintln(stderr, "identity-auth:", err)
+		return exitFailure
+	}
+	if replay {
+		fmt.Fprintf(stdout, "%d events will be sent again\n", total)
+	}
+	fmt.Fprintf(stdout, "%d events pending, the oldest for %v\n", pending, oldest.Round(time.Millisecond))
+	return exitOK
 }
 
 // healthcheck is for containers without a shell: exit 0 when ready.
