@@ -207,6 +207,11 @@ func usageError(stderr io.Writer, err error) int {
 	return exitUsage
 }
 
+func commandFailed(stderr io.Writer, err error) int {
+	fmt.Fprintln(stderr, "identity-auth:", err)
+	return exitFailure
+}
+
 func failed(log *slog.Logger, err error) int {
 	log.Error("service.failed", "err", err)
 	return exitFailure
@@ -319,8 +324,7 @@ func withDatabase(ctx context.Context, lookup func(string) (string, bool), stder
 		}
 	}
 	if err != nil {
-		fmt.Fprintln(stderr, "identity-auth:", err)
-		return exitFailure
+		return commandFailed(stderr, err)
 	}
 	return exitOK
 }
@@ -371,27 +375,30 @@ func outbox(ctx context.Context, args []string, lookup func(string) (string, boo
 		return usageError(stderr, err)
 	}
 	defer store.Close()
-	var total int64
-	for n, next := int64(0), int64(0); replay; total += n {
-		if n, next, err = store.Replay(ctx, since, until, next); err != nil || next == 0 {
-			total += n
-			break
+	if replay {
+		n, err := replayAll(ctx, store, since, until)
+		fmt.Fprintf(stdout, "%d events will be sent again\n", n)
+		if err != nil {
+			return commandFailed(stderr, err)
 		}
 	}
-	var pending int64
-	var oldest time.Duration
-	if err == nil {
-		pending, oldest, err = store.OutboxBacklog(ctx)
-	}
+	pending, oldest, err := store.OutboxBacklog(ctx)
 	if err != nil {
-		fmt.Fprintln(stderr, "identity-auth:", err)
-		return exitFailure
-	}
-	if replay {
-		fmt.Fprintf(stdout, "%d events will be sent again\n", total)
+		return commandFailed(stderr, err)
 	}
 	fmt.Fprintf(stdout, "%d events pending, the oldest for %v\n", pending, oldest.Round(time.Millisecond))
 	return exitOK
+}
+
+func replayAll(ctx context.Context, store *db.Store, since, until time.Time) (total int64, err error) {
+	for after := int64(0); ; {
+		n, next, err := store.Replay(ctx, since, until, after)
+		total += n
+		if err != nil || next == 0 {
+			return total, err
+		}
+		after = next
+	}
 }
 
 // healthcheck is for containers without a shell: exit 0 when ready.
@@ -403,8 +410,7 @@ func healthcheck(ctx context.Context, lookup func(string) (string, bool), stderr
 		return usageError(stderr, err)
 	}
 	if err := askReady(ctx, cfg); err != nil {
-		fmt.Fprintln(stderr, "identity-auth:", err)
-		return exitFailure
+		return commandFailed(stderr, err)
 	}
 	return exitOK
 }
@@ -483,8 +489,7 @@ func keygen(dir string, stdout, stderr io.Writer) int {
 		return nil
 	}()
 	if err != nil {
-		fmt.Fprintln(stderr, "identity-auth:", err)
-		return exitFailure
+		return commandFailed(stderr, err)
 	}
 	fmt.Fprintf(stdout, "wrote %s and %s\n", filepath.Join(dir, "private.pem"), filepath.Join(dir, "public.pem"))
 	return exitOK

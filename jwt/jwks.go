@@ -34,7 +34,7 @@ type KeySet struct {
 // is kept.
 func NewKeySet(keys ...Key) (*KeySet, error) {
 	if len(keys) == 0 || len(keys) > maxKeys {
-		return nil, errors.New("a key set has 1 to 64 keys")
+		return nil, errors.New("a key set needs 1 to 64 RS256 keys")
 	}
 	for i, k := range keys {
 		if err := checkKeyID(k.ID); err != nil {

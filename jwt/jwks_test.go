@@ -59,7 +59,7 @@ func TestParseJWKSRefuses(t *testing.T) {
 	const (
 		notOne    = "not one JSON object"
 		noArray   = "no array of keys"
-		noUsable  = "a key set has 1 to 64 keys"
+		noUsable  = "a key set needs 1 to 64 RS256 keys"
 		notObject = "a key is not an object"
 		private   = "a private or symmetric key"
 		malformed = "a malformed RSA key"

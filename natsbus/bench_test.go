@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"os"
 	"testing"
 	"time"
 
@@ -17,9 +16,8 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-func TestMain(m *testing.M) { os.Exit(dbtest.Main(m)) }
-
 var _ = fmt.Sprint
+
 func BenchmarkDrain(b *testing.B) {
 	for _, c := range []struct {
 		name  string
@@ -38,12 +36,12 @@ func BenchmarkDrain(b *testing.B) {
 			 SELECT 'auth.lockout', gen_random_uuid(), u, gen_random_uuid()::text, jsonb_build_object('user_id', u, 'client_ip', '127.0.0.1')
 			 FROM (SELECT md5('x' || (i % $2))::uuid AS u FROM generate_series(1, $1) AS i) AS x`, events, c.users)
 			if c.users == 1 {
-			dbtest.Exec(b, url, `UPDATE outbox SET tenant_id = user_id`)
-			}else if c.users==100 {
-			dbtest.Exec(b, url, `UPDATE outbox SET tenant_id = user_id`)
+				dbtest.Exec(b, url, `UPDATE outbox SET tenant_id = user_id`)
+			} else if c.users == 100 {
+				dbtest.Exec(b, url, `UPDATE outbox SET tenant_id = user_id`)
 			}
 			dbtest.Exec(b, url, `VACUUM ANALYZE outbox`)
-			log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+			log := slog.New(slog.DiscardHandler)
 			bus, err := natsbus.New(natsbus.Config{URL: n.URL(), Replicas: 1}, store, log, natsbus.Observer{Published: func(string) {}, PublishFailed: func(string) {}})
 			if err != nil {
 				b.Fatal(err)
@@ -65,6 +63,7 @@ func BenchmarkDrain(b *testing.B) {
 		})
 	}
 }
+
 var _ = io.Discard
 
 func bare(b *testing.B, url string, n int) float64 {
@@ -74,7 +73,7 @@ func bare(b *testing.B, url string, n int) float64 {
 	}
 	defer nc.Close()
 	js, _ := jetstream.New(nc)
-	if _, err := js.CreateStream(b.Context(), jetstream.StreamConfig{Name: "BARE", Subjects: []string{"bare.>"}, Duplicates: 10*time.Minute}); err != nil {
+	if _, err := js.CreateStream(b.Context(), jetstream.StreamConfig{Name: "BARE", Subjects: []string{"bare.>"}, Duplicates: 10 * time.Minute}); err != nil {
 		b.Fatal(err)
 	}
 	payload := make([]byte, 450)

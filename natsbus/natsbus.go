@@ -39,7 +39,6 @@ import (
 	"math/rand/v2"
 	"net/url"
 	"os"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -76,9 +75,9 @@ const (
 	connectTimeout = 2 * time.Second        // one server
 	reconnectWait  = 250 * time.Millisecond // and as much again by chance
 	pingInterval   = 2 * time.Second        // a silent connection is dropped after three
-	checkInterval  = 750 * time.Millisecond // between looks at the streams
-	checkTimeout   = 1500 * time.Millisecond
-	upWindow       = 2500 * time.Millisecond // an answer older than this says nothing
+	checkInterval  = 500 * time.Millisecond // between looks at the streams
+	checkTimeout   = time.Second
+	upWindow       = 1800 * time.Millisecond // an answer older than this says nothing
 	sampleInterval = 10 * time.Second        // of log lines that repeat themselves
 )
 
@@ -124,9 +123,9 @@ type Bus struct {
 	cutBack  map[string]uint64 // by stream: where its end turned out to be, for the next comparison; for relay
 }
 
-// files are the contents of the files named in Config.
+// files are what the files named in Config hold; nil: none is named.
 type files struct {
-	creds []byte
+	login nats.Option
 	roots *x509.CertPool
 }
 
@@ -194,20 +193,14 @@ func servers(list string) ([]string, error) {
 func readFiles(cfg Config) (f files, err error) {
 	if cfg.CredsFile != "" {
 		creds, readErr := os.ReadFile(cfg.CredsFile)
+		f.login = nats.UserCredentialBytes(creds)
 		var o nats.Options
-		if readErr == nil {
-			readErr = nats.UserCredentialBytes(creds)(&o)
-		}
-		if readErr == nil {
-			_, readErr = o.UserJWT()
-		}
-		if readErr == nil {
-			_, readErr = o.SignatureCB([]byte("nonce"))
-		}
-		if readErr != nil {
+		f.login(&o) // parses nothing yet
+		_, jwtErr := o.UserJWT()
+		_, keyErr := o.SignatureCB(nil)
+		if errors.Join(readErr, jwtErr, keyErr) != nil {
 			err = errors.New("NATS_CREDS_FILE: not a readable NATS credentials file")
 		}
-		f.creds = creds
 	}
 	if cfg.CAFile != "" {
 		pem, readErr := os.ReadFile(cfg.CAFile)
@@ -219,8 +212,8 @@ func readFiles(cfg Config) (f files, err error) {
 	return f, err
 }
 
-// Up tells whether every stream is there, safe, and answered just now. A
-// change shows within three seconds.
+// Up tells whether every stream is there, safe, and answered just now. Who asks
+// once a second sees a change within three.
 func (b *Bus) Up() bool {
 	at := b.answered.Load()
 	return at != 0 && time.Since(b.start)-time.Duration(at) < upWindow
@@ -252,7 +245,7 @@ func (b *Bus) Flush(ctx context.Context) error {
 		if time.Since(progress) > 2*time.Second || ctx.Err() != nil {
 			return fmt.Errorf("%d events wait in the outbox", pending)
 		}
-		sleep(ctx, 50*time.Millisecond)
+		sleep(ctx, 100*time.Millisecond)
 		before := pending
 		if pending, _, err = b.store.PendingThrough(ctx, last); pending < before {
 			progress = time.Now()
@@ -311,15 +304,14 @@ func (b *Bus) connect(closed func()) (*link, error) {
 	o.AllowReconnect = false
 	o.Timeout = connectTimeout
 	o.PingInterval = pingInterval
+	o.FlusherTimeout = ackTimeout // a server that stopped reading
 	o.TLSConfig = &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: f.roots}
 	o.Secure = f.roots != nil
 	o.ClosedCB = func(*nats.Conn) { closed() }
 	// Such as a missing permission, which no reply tells of.
 	o.AsyncErrorCB = func(_ *nats.Conn, _ *nats.Subscription, err error) { b.report(logRelayFailed, err) }
-	if f.creds != nil {
-		if err := nats.UserCredentialBytes(f.creds)(&o); err != nil {
-			return nil, err
-		}
+	if f.login != nil {
+		f.login(&o)
 	}
 	nc, err := o.Connect()
 	if err != nil {
@@ -335,140 +327,6 @@ func (b *Bus) connect(closed func()) (*link, error) {
 		return nil, err
 	}
 	return l, nil
-}
-
-// keepStreams looks at every stream until ctx is done, makes what is absent,
-// and drops the connection when a stream is no longer the one it was, or ends
-// earlier than before: the relay must compare again.
-func (b *Bus) keepStreams(ctx context.Context, l *link) {
-	seen := map[string]jetstream.StreamInfo{}
-	for ctx.Err() == nil {
-		safe := true
-		for _, want := range b.streams {
-			info, err := b.ensureStream(ctx, l, want)
-			if ctx.Err() != nil || l.nc.IsClosed() {
-				return // says nothing of the stream
-			}
-			b.note(want.Name, err)
-			if err != nil {
-				safe = false
-				continue
-			}
-			was, ok := seen[want.Name]
-			if ok && (!was.Created.Equal(info.Created) || was.State.LastSeq > info.State.LastSeq) {
-				return
-			}
-			seen[want.Name] = *info
-		}
-		l.safe.Store(safe)
-		if safe {
-			b.answered.Store(int64(time.Since(b.start)))
-		}
-		sleep(ctx, checkInterval)
-	}
-}
-
-// unsafeStream says which field of a stream's configuration breaks a promise.
-type unsafeStream struct{ field, why string }
-
-func (u unsafeStream) Error() string { return u.field + ": " + u.why }
-
-// ensureStream asks for a stream, makes it when it is absent, and widens the
-// first version's subjects. It changes nothing else of what an operator set.
-func (b *Bus) ensureStream(ctx context.Context, l *link, want jetstream.StreamConfig) (*jetstream.StreamInfo, error) {
-	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
-	defer cancel()
-	s, err := l.js.Stream(ctx, want.Name)
-	if errors.Is(err, jetstream.ErrStreamNotFound) {
-		if s, err = l.js.CreateStream(ctx, want); err == nil {
-			b.log.Info(logStreamCreated, "stream", want.Name)
-		}
-	}
-	if err == nil {
-		if changed, event := adapt(s.CachedInfo().Config, want); event != "" {
-			if s, err = l.js.UpdateStream(ctx, changed); err == nil {
-				b.log.Info(event, "stream", want.Name)
-			}
-		}
-	}
-	var apiErr *jetstream.APIError
-	if errors.As(err, &apiErr) && apiErr.ErrorCode == 10065 { // JSStreamSubjectOverlapErr
-		return nil, unsafeStream{"subjects", "another stream has some of " + want.Subjects[0]}
-	}
-	if err != nil {
-		return nil, err
-	}
-	return s.CachedInfo(), checkStream(s.CachedInfo().Config)
-}
-
-// adapt changes what we change of a stream that is there, if anything, and
-// names the log line for it.
-func adapt(c, want jetstream.StreamConfig) (jetstream.StreamConfig, string) {
-	if slices.Contains(c.Subjects, "auth.events.*") { // the first version's; with it, ours would overlap
-		c.Subjects = append(slices.DeleteFunc(slices.Clone(c.Subjects), func(s string) bool { return strings.HasPrefix(s, "auth.events.") }), want.Subjects...)
-		return c, logStreamWidened
-	}
-	if want.Name == secretsStream && c.MaxAge != want.MaxAge { // PASSWORD_RESET_TTL was changed
-		c.MaxAge, c.Duplicates = want.MaxAge, min(c.Duplicates, want.MaxAge)
-		return c, logStreamMaxAge
-	}
-	return c, ""
-}
-
-// checkStream finds what would make an acknowledgement worthless, or never
-// come. Limits of size and age are the operator's choice: a stream that is
-// full refuses, and rows wait, or drops the oldest, as it was told to.
-func checkStream(c jetstream.StreamConfig) error {
-	switch {
-	case c.Storage != jetstream.FileStorage:
-		return unsafeStream{"storage", "not file: a restart of the server loses acknowledged events"}
-	case c.PersistMode != jetstream.DefaultPersistMode:
-		return unsafeStream{"persist_mode", "asynchronous: a crash of the server loses acknowledged events"}
-	case c.NoAck:
-		return unsafeStream{"no_ack", "the stream does not acknowledge"}
-	case c.Sealed:
-		return unsafeStream{"sealed", "the stream takes no messages"}
-	case c.SubjectTransform != nil:
-		return unsafeStream{"subject_transform", "consumers would not find the subjects of the contract"}
-	}
-	for eventType, subject := range subjects {
-		if streamOf(eventType) == c.Name && !slices.ContainsFunc(c.Subjects, func(pattern string) bool { return covers(pattern, subject) }) {
-			return unsafeStream{"subjects", "they do not cover those of the contract"}
-		}
-	}
-	return nil
-}
-
-// covers tells whether a subject without wildcards matches a pattern.
-func covers(pattern, subject string) bool {
-	ps, ss := strings.Split(pattern, "."), strings.Split(subject, ".")
-	for i, p := range ps {
-		if p == ">" {
-			return len(ss) > i
-		}
-		if i >= len(ss) || p != "*" && p != ss[i] {
-			return false
-		}
-	}
-	return len(ps) == len(ss)
-}
-
-// note logs what keeps a stream from being used, once for each change.
-func (b *Bus) note(stream string, err error) {
-	text := ""
-	if err != nil {
-		text = err.Error()
-	}
-	if b.findings[stream] == text {
-		return
-	}
-	b.findings[stream] = text
-	var bad unsafeStream
-	if errors.As(err, &bad) {
-		b.log.Error(logStreamUnsafe, "stream", stream, "field", bad.field, "err", bad.why)
-	} else if err != nil {
-		b.log.Warn(logStreamUnavailable, "stream", stream, "err", text)
-	}
 }
 
 // report logs a failure that may repeat itself many times a second.

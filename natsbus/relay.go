@@ -2,11 +2,9 @@ package natsbus
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -14,32 +12,6 @@ import (
 
 	"github.com/7d-solutions/identity-auth/db"
 )
-
-// subjects is the contract's table: where each type of event goes.
-var subjects = map[db.EventType]string{
-	"auth.user.registered":               "auth.events.user.registered",
-	"auth.user.logged_in":                "auth.events.user.logged_in",
-	"auth.token.refreshed":               "auth.events.token.refreshed",
-	"auth.user.logged_out":               "auth.events.user.logged_out",
-	"auth.session.revoked":               "auth.events.session.revoked",
-	"auth.user.password_changed":         "auth.events.user.password_changed",
-	"auth.user.password_reset_requested": "auth.events.user.password_reset_requested",
-	"auth.user.disabled":                 "auth.events.user.disabled",
-	"auth.user.enabled":                  "auth.events.user.enabled",
-	"auth.user.deleted":                  "auth.events.user.deleted",
-	"auth.user.email_changed":            "auth.events.user.email_changed",
-	"auth.user.imported":                 "auth.events.user.imported",
-	"auth.lockout":                       "auth.events.security.lockout",
-	"security.refresh_replay_detected":   "auth.events.security.refresh_replay_detected",
-	db.EventPasswordResetSecret:          "auth.secrets.password_reset",
-}
-
-func streamOf(t db.EventType) string {
-	if t == db.EventPasswordResetSecret {
-		return secretsStream
-	}
-	return eventsStream
-}
 
 const (
 	maxUnderWay  = 1000                   // messages published and not answered; also the rows of one fetch
@@ -104,7 +76,7 @@ func (b *Bus) relay(ctx context.Context, l *link) {
 			return
 		}
 		if !l.safe.Load() {
-			sleep(ctx, pollInterval)
+			sleep(ctx, batchPause)
 			continue
 		}
 		held, err := b.store.AcquireRelay(ctx, b.id, leaseTTL)
@@ -404,63 +376,4 @@ func (r *relayer) excluded() []db.Lane {
 		out = append(out, f.rows[0].Lane())
 	}
 	return out
-}
-
-// envelope is the payload of every event (spec section 6).
-type envelope struct {
-	EventID       db.EventID      `json:"event_id"`
-	EventType     db.EventType    `json:"event_type"`
-	SchemaVersion string          `json:"schema_version"`
-	OccurredAt    string          `json:"occurred_at"`
-	Producer      string          `json:"producer"`
-	TenantID      db.TenantID     `json:"tenant_id"`
-	AggregateType string          `json:"aggregate_type"`
-	AggregateID   db.UserID       `json:"aggregate_id"`
-	TraceID       string          `json:"trace_id"`
-	CausationID   *db.EventID     `json:"causation_id"`
-	Data          json.RawMessage `json:"data"`
-}
-
-// message is the same for the same row, whoever makes it and however often.
-func (r *relayer) message(row db.OutboxRow) (*nats.Msg, error) {
-	subject, ok := subjects[row.Type]
-	if !ok { // a newer version's: it waits for a newer holder
-		return nil, errors.New("unknown event type")
-	}
-	var payload []byte
-	var err error
-	if row.Type != db.EventPasswordResetSecret {
-		payload, err = json.Marshal(envelope{
-			EventID: row.EventID, EventType: row.Type, SchemaVersion: "1.0.0",
-			OccurredAt: row.OccurredAt.UTC().Format("2006-01-02T15:04:05.000000Z"), Producer: "identity-auth",
-			TenantID: row.Tenant, AggregateType: "user", AggregateID: row.User,
-			TraceID: row.TraceID, CausationID: row.CausationID, Data: row.Data,
-		})
-	} else if r.unseal != nil {
-		payload, err = r.unseal(row)
-	} else {
-		err = errors.New("no key to open its data")
-	}
-	if err != nil {
-		return nil, err
-	}
-	header := nats.Header{
-		jetstream.MsgIDHeader:          {row.EventID.String()},
-		jetstream.ExpectedStreamHeader: {streamOf(row.Type)},
-	}
-	if trace, ok := traceparent(row.TraceID, row.EventID); ok {
-		header["traceparent"] = []string{trace}
-	}
-	return &nats.Msg{Subject: subject, Header: header, Data: payload}, nil
-}
-
-// traceparent continues the request's trace (W3C Trace Context 3.2). The event
-// is the span: half of its id, which is not zero since it has a version.
-func traceparent(traceID string, event db.EventID) (string, bool) {
-	trace := strings.ToLower(strings.ReplaceAll(traceID, "-", ""))
-	if len(trace) != 32 || strings.Trim(trace, "0123456789abcdef") != "" || strings.Trim(trace, "0") == "" {
-		return "", false
-	}
-	span := strings.ReplaceAll(event.String(), "-", "")[:16]
-	return "00-" + trace + "-" + span + "-01", true
 }

@@ -21,14 +21,15 @@ postgres_major() {
 # or else the newest, of that major version. It fails when there is none of
 # version 15 or later.
 postgres_bin() {
-	local path dir major
+	local path dir dirs major
 	path=$(command -v postgres || true)
-	while read -r dir; do
+	mapfile -t dirs < <(printf '%s\n' "${path%/*}" && printf '%s\n' /usr/lib/postgresql/*/bin | sort -rV)
+	for dir in "${dirs[@]}"; do
 		major=$(postgres_major "$dir")
 		if [[ -n $major ]] && ((major >= 15)) && [[ $1 == any || $1 == "$major" ]]; then
 			printf '%s\n' "$dir"
 			return 0
 		fi
-	done < <(printf '%s\n' "${path%/*}" && printf '%s\n' /usr/lib/postgresql/*/bin | sort -rV)
+	done
 	return 1
 }

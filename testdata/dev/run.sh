@@ -52,6 +52,12 @@ stop() {
 trap stop EXIT
 trap 'exit 0' INT TERM HUP PIPE
 
+# A signal to make alone (its terminal was closed, kill -INT) makes it wait for
+# this script without a word to it. It shows in the signals that make catches.
+make_catches() { sed -n 's/^SigCgt:\s*//p' "/proc/$PPID/status" 2>/dev/null || true; }
+under_make=''
+[[ $(<"/proc/$PPID/comm") != make ]] || under_make=$(make_catches)
+
 listening() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
 # free_port NAME WANTED prints WANTED, or the next port that nobody listens on.
@@ -215,6 +221,7 @@ while :; do
 	alive "$service" || { wait "$service" && code=0 || code=$?; fail "identity-auth ended by itself (exit code $code): its last lines are above."; }
 	alive "$nats" || fail "nats-server ended by itself: see .run/nats.log."
 	alive "$postgres" || fail "PostgreSQL ended by itself: see .run/postgres.log."
+	[[ -z $under_make || $under_make == "$(make_catches)" ]] || exit 0
 	sleep 1 &
 	wait $! || true # a signal ends this wait at once, unlike a plain sleep
 done
