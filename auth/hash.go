@@ -3,14 +3,8 @@ package auth
 import (
 	"context"
 	"crypto/rand"
-	"crypto/subtle"
-	"encoding/base64"
-	"errors"
-	"fmt"
 	"runtime"
 	"runtime/debug"
-	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -24,11 +18,6 @@ type Argon2Params struct {
 	Iterations  uint32
 	Parallelism uint32 // 1 to 255
 }
-
-const (
-	saltBytes = 16 // RFC 9106 3.1
-	hashBytes = 32
-)
 
 // hasher computes at most cap(slots) hashes at a time. Who would have to wait
 // for a slot longer than maxWait is refused at the door, before any query:
@@ -123,89 +112,44 @@ func (p *place) hash(ctx context.Context, password string) (phc string, err erro
 	return phc, err
 }
 
-// verify tells whether the password is the one that phc was made from. When
-// phc is empty or not acceptable, a hash of today's cost is computed all the
+// verify tells whether the password is the one that stored was made from. When
+// stored is empty or not acceptable, a hash of today's cost is computed all the
 // same and nothing matches: an unknown e-mail and a known one take the same
-// time. With a match, fresh is the hash to store instead of phc: that of
-// newPassword when one is given, else that of the password when phc was made
-// with other costs than today's, else "".
-func (p *place) verify(ctx context.Context, phc, password, newPassword string) (match bool, fresh string, err error) {
-	params, salt, want, parseErr := parsePHC(phc)
-	if parseErr == nil && params.MemoryKiB > 4*p.h.params.MemoryKiB {
-		parseErr = errCost
-	}
+// time. With a match, fresh is the hash to keep instead of stored: that of
+// newPassword when one is given, else that of the password when stored is not
+// of today's algorithm and costs, else "".
+func (p *place) verify(ctx context.Context, stored, password, newPassword string) (match bool, fresh string, err error) {
+	hash, parseErr := parseHash(stored, p.h.params)
 	if parseErr != nil || len(password) > maxPassword {
-		params, salt, want = p.h.params, make([]byte, saltBytes), make([]byte, hashBytes)
-		password = ""
+		hash, password = storedHash{params: p.h.params, matches: p.h.params.dummy}, ""
 	}
-	if newPassword == "" && params != p.h.params {
+	if newPassword == "" && hash.params != p.h.params {
 		newPassword = password
 	}
 	err = p.run(ctx, func() {
-		got := argon2.IDKey([]byte(password), salt, params.Iterations, params.MemoryKiB, uint8(params.Parallelism), uint32(len(want)))
-		match = subtle.ConstantTimeCompare(got, want) == 1 && parseErr == nil && password != ""
+		match = hash.matches(password) && password != ""
 		if match && newPassword != "" {
 			fresh = p.h.params.phc(newPassword)
 		}
 	})
-	if err == nil && phc != "" && parseErr != nil {
+	if err == nil && stored != "" && parseErr != nil {
 		err = parseErr
 	}
 	return match, fresh, err
 }
-
-// Errors of parsePHC and verify: the stored hash cannot be checked. The answer
-// to the client is that of a wrong password.
-var (
-	errPHC  = errors.New("password hash is not a canonical argon2id PHC string")
-	errCost = errors.New("password hash asks for more than four times today's memory")
-)
 
 // phc hashes password with a fresh salt and writes the PHC string.
 func (a Argon2Params) phc(password string) string {
 	salt := make([]byte, saltBytes)
 	rand.Read(salt)
 	key := argon2.IDKey([]byte(password), salt, a.Iterations, a.MemoryKiB, uint8(a.Parallelism), hashBytes)
-	return formatPHC(a, salt, key)
+	return formatPHC("argon2id", a, salt, key)
 }
 
-func formatPHC(a Argon2Params, salt, key []byte) string {
-	b64 := base64.RawStdEncoding
-	return fmt.Sprintf("$argon2id$v=%d$m=%d,t=%d,p=%d$%s$%s", argon2.Version, a.MemoryKiB, a.Iterations, a.Parallelism,
-		b64.EncodeToString(salt), b64.EncodeToString(key))
-}
-
-// parsePHC accepts exactly what formatPHC writes, within bounds: 8 to 64 bytes
-// of salt, 16 to 64 of hash, at most 64 iterations.
-func parsePHC(s string) (a Argon2Params, salt, key []byte, err error) {
-	parts := strings.Split(s, "$")
-	if len(s) > 256 || len(parts) != 6 {
-		return a, nil, nil, errPHC
-	}
-	costs := strings.Split(parts[3], ",")
-	if len(costs) != 3 {
-		return a, nil, nil, errPHC
-	}
-	for i, field := range []struct {
-		prefix string
-		value  *uint32
-		max    uint64
-	}{{"m=", &a.MemoryKiB, 4 << 20}, {"t=", &a.Iterations, 64}, {"p=", &a.Parallelism, 255}} {
-		digits, ok := strings.CutPrefix(costs[i], field.prefix)
-		n, perr := strconv.ParseUint(digits, 10, 32)
-		if !ok || perr != nil || n < 1 || n > field.max {
-			return a, nil, nil, errPHC
-		}
-		*field.value = uint32(n)
-	}
-	b64 := base64.RawStdEncoding.Strict()
-	salt, saltErr := b64.DecodeString(parts[4])
-	key, keyErr := b64.DecodeString(parts[5])
-	if saltErr != nil || keyErr != nil || len(salt) < 8 || len(salt) > 64 || len(key) < 16 || len(key) > 64 ||
-		formatPHC(a, salt, key) != s {
-		return a, nil, nil, errPHC
-	}
-	return a, salt, key, nil
+// dummy costs what a check of today's costs does, and never matches.
+func (a Argon2Params) dummy(password string) bool {
+	argon2.IDKey([]byte(password), make([]byte, saltBytes), a.Iterations, a.MemoryKiB, uint8(a.Parallelism), hashBytes)
+	return false
 }
 
 // freeWhenIdle gives memory back to the system once hashing has paused.

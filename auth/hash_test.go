@@ -59,8 +59,8 @@ func TestVerify(t *testing.T) {
 		{"wrong", phc, "wrong password", false, false, nil},
 		{"empty", phc, "", false, false, nil},
 		{"over-long", ofLong, long, false, false, nil},
-		{"broken hash", phc[:len(phc)-1], "right password", false, false, errPHC},
-		{"four times today's memory and a bit", tooStrong, "right password", false, false, errCost},
+		{"broken hash", phc[:len(phc)-1], "right password", false, false, errHashForm},
+		{"four times today's memory and a bit", tooStrong, "right password", false, false, errHashCost},
 		{"right", phc, "right password", true, false, nil},
 		{"right, other costs", stronger, "right password", true, true, nil},
 		{"wrong, other costs", stronger, "wrong password", false, false, nil},
@@ -180,17 +180,6 @@ func TestTurns(t *testing.T) {
 		turns.enter(t.Context(), "a")
 		if _, err := turns.enter(t.Context(), "a"); !errors.Is(err, errHashBusy) {
 			t.Errorf("a turn that cannot come in time: got %v", err)
-		}
-	})
-}
-
-func FuzzParsePHC(f *testing.F) {
-	f.Add(formatPHC(floor, make([]byte, 16), make([]byte, 32)))
-	f.Add("$argon2id$v=19$m=65536,t=2,p=1$c29tZXNhbHQ$CTFhFdXPJO1aFaMaO6Mm5c8y7cJHApl8ArZWb2GRPPc")
-	f.Add("$argon2id$v=19$m=065536,t=2,p=1$c29tZXNhbHQ$CTFhFdXPJO1aFaMaO6Mm5c8y7cJHApl8ArZWb2GRPPc")
-	f.Fuzz(func(t *testing.T, s string) {
-		if params, salt, key, err := parsePHC(s); err == nil && formatPHC(params, salt, key) != s {
-			t.Fatalf("%q is not canonical", s)
 		}
 	})
 }

@@ -92,7 +92,7 @@ func (s *Server) checkPassword(ctx context.Context, c caller, check passwordChec
 	// that was checked counts, whoever still listens.
 	ctx = context.WithoutCancel(ctx)
 	switch {
-	case errors.Is(err, errPHC), errors.Is(err, errCost):
+	case errors.Is(err, errHashForm), errors.Is(err, errHashCost):
 		s.sampler.line(ctx, slog.LevelError, logHashBad, "", append(c.rec.attrs(c.origin), slog.String("err", err.Error()))...)
 		match = false
 	case err != nil: // no slot in time, or the client left the queue: never checked

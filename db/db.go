@@ -243,7 +243,7 @@ func (s *Store) classify(err error) error {
 	var pgErr *pgconn.PgError
 	if !errors.As(err, &pgErr) {
 		var own ownError
-		if errors.As(err, &own) || errors.Is(err, ErrSessionOver) {
+		if errors.As(err, &own) || errors.Is(err, ErrSessionOver) || errors.Is(err, ErrNoAccount) || errors.Is(err, ErrTaken) {
 			return err
 		}
 		return fmt.Errorf("%w: %w", ErrUnavailable, err)
@@ -260,6 +260,11 @@ func (s *Store) classify(err error) error {
 		return fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
 	return err
+}
+
+func isUniqueViolation(err error) bool {
+	var pgErr *pgconn.PgError
+	return errors.As(err, &pgErr) && pgErr.Code == "23505"
 }
 
 // ownError ends a transaction for a reason of ours; it never leaves a method.

@@ -19,6 +19,13 @@ const (
 	EventSessionRevoked  EventType = "auth.session.revoked"
 	EventPasswordChanged EventType = "auth.user.password_changed"
 	EventResetRequested  EventType = "auth.user.password_reset_requested"
+	EventDisabled        EventType = "auth.user.disabled"
+	EventEnabled         EventType = "auth.user.enabled"
+	EventDeleted         EventType = "auth.user.deleted"
+	EventEmailChanged    EventType = "auth.user.email_changed"
+	EventImported        EventType = "auth.user.imported"
+	EventUnlocked        EventType = "auth.user.unlocked"
+	EventClaimsChanged   EventType = "auth.user.claims_changed"
 	EventLockout         EventType = "auth.lockout"
 	EventReplayDetected  EventType = "security.refresh_replay_detected"
 )
@@ -27,7 +34,8 @@ const (
 // the start.
 var EventTypes = []EventType{
 	EventRegistered, EventLoggedIn, EventTokenRefreshed, EventLoggedOut, EventSessionRevoked,
-	EventPasswordChanged, EventResetRequested, EventLockout, EventReplayDetected, EventPasswordResetSecret,
+	EventPasswordChanged, EventResetRequested, EventDisabled, EventEnabled, EventDeleted, EventEmailChanged, EventImported,
+	EventUnlocked, EventClaimsChanged, EventLockout, EventReplayDetected, EventPasswordResetSecret,
 }
 
 // Origin is where a change came from. It is told in events and kept with

@@ -15,41 +15,47 @@ var ErrSessionOver = errors.New("session is over")
 // errResetToken ends a transaction on a token that is spent, void or expired.
 const errResetToken = ownError("reset token not open")
 
+// SealFunc makes what the outbox holds of a reset token until it is relayed.
+type SealFunc func(user UserID, expires string) (json.RawMessage, error)
+
 // RequestReset opens a password reset for the account of the e-mail, if there
 // is one: any earlier token is void from now on. The event goes to everyone;
-// seal makes, from the account and the time of expiry, the only copy of the
-// token that leaves for the mailer. ok is false when there is no account.
-func (s *Store) RequestReset(ctx context.Context, tenant TenantID, email Email, tokenHash []byte, seal func(user UserID, expires string) (json.RawMessage, error), origin Origin) (ok bool, err error) {
+// seal makes the only copy of the token that leaves, for the mailer. ok is
+// false when there is no account.
+func (s *Store) RequestReset(ctx context.Context, tenant TenantID, email Email, tokenHash []byte, seal SealFunc, origin Origin) (ok bool, err error) {
 	err = s.tx(ctx, func(ctx context.Context, tx pgx.Tx) error {
-		about := subject{tenant: tenant}
-		var expires string
-		err := tx.QueryRow(ctx, `
-INSERT INTO reset_tokens AS r (tenant_id, user_id, token_hash, expires_at)
-SELECT tenant_id, user_id, $3, clock_timestamp() + $4::interval FROM accounts WHERE tenant_id = $1 AND email = $2
-    ON CONFLICT (tenant_id, user_id) DO UPDATE SET token_hash = excluded.token_hash, expires_at = excluded.expires_at
-RETURNING user_id, event_time(expires_at)`, tenant, email.String(), tokenHash, s.rules.ResetTTL).Scan(&about.user, &expires)
-		if errors.Is(err, pgx.ErrNoRows) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		ok = true
-		if err := addEvent(ctx, tx, EventResetRequested, about, origin, map[string]any{"expires_at": expires}); err != nil {
-			return err
-		}
-		sealed, err := seal(about.user, expires)
-		if err != nil {
-			return err
-		}
-		_, err = tx.Exec(ctx, insertEvents+`VALUES ($1, $2, $3, $4, NULL, $5)`,
-			EventPasswordResetSecret, about.tenant, about.user, origin.TraceID, sealed)
+		ok, err = s.openReset(ctx, tx, tenant, email, tokenHash, seal, origin)
 		return err
 	})
 	if ok && err == nil {
 		s.wakeRelay()
 	}
 	return ok && err == nil, err
+}
+
+func (s *Store) openReset(ctx context.Context, tx pgx.Tx, tenant TenantID, email Email, tokenHash []byte, seal SealFunc, origin Origin) (ok bool, err error) {
+	about := subject{tenant: tenant}
+	var expires string
+	err = tx.QueryRow(ctx, `
+INSERT INTO reset_tokens AS r (tenant_id, user_id, token_hash, expires_at)
+SELECT tenant_id, user_id, $3, clock_timestamp() + $4::interval FROM accounts WHERE tenant_id = $1 AND email = $2
+    ON CONFLICT (tenant_id, user_id) DO UPDATE SET token_hash = excluded.token_hash, expires_at = excluded.expires_at
+RETURNING user_id, event_time(expires_at)`, tenant, email.String(), tokenHash, s.rules.ResetTTL).Scan(&about.user, &expires)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	if err := addEvent(ctx, tx, EventResetRequested, about, origin, map[string]any{"expires_at": expires}); err != nil {
+		return false, err
+	}
+	sealed, err := seal(about.user, expires)
+	if err != nil {
+		return false, err
+	}
+	_, err = tx.Exec(ctx, insertEvents+`VALUES ($1, $2, $3, $4, NULL, $5)`, EventPasswordResetSecret, about.tenant, about.user, origin.TraceID, sealed)
+	return true, err
 }
 
 // ResetTarget is the account an open reset token belongs to.
@@ -79,10 +85,7 @@ SELECT tenant_id, user_id, email FROM reset_tokens JOIN accounts USING (tenant_i
 func (s *Store) ResetPassword(ctx context.Context, r ResetTarget, tokenHash []byte, newHash string, origin Origin) (ok bool, err error) {
 	err = s.tx(ctx, func(ctx context.Context, tx pgx.Tx) error {
 		about := subject{r.tenant, r.user}
-		_, err := tx.Exec(ctx, `
-UPDATE guards SET outcome = 'cleared', failed = '{}', locked_until = '-infinity', touched_at = clock_timestamp() WHERE key = $1`,
-			emailKey(scopeLogin, r.tenant, r.Email.String()))
-		if err != nil {
+		if err := clearGuard(ctx, tx, r.tenant, r.Email.String()); err != nil {
 			return err
 		}
 		email, err := setPassword(ctx, tx, about, newHash)
