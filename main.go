@@ -7,6 +7,7 @@ import (
 	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"flag"
@@ -50,6 +51,13 @@ const usage = `usage: identity-auth [command]
   serve            apply migrations (MIGRATE_ON_START) and serve; the default
   migrate          apply migrations
   migrate status   list migrations
+  user ACTION TENANT USER [VALUE]
+                   ACTION is get, disable, enable, unlock, revoke-sessions, set-email,
+                   set-claims, force-reset, delete or export; USER is a user id or
+                   --email ADDRESS; VALUE is an e-mail or a JSON object of claims
+  import FILE      create accounts with the hashes they have, JSON lines, - is stdin
+  import --from-auth-rs
+                   take over the accounts of a first version in the same database
   outbox status    how many events wait for NATS, and for how long
   outbox replay --since T [--until T]
                    send relayed events again, T in RFC 3339
@@ -78,6 +86,10 @@ func run(ctx context.Context, args []string, lookup func(string) (string, bool),
 		return migrateNow(ctx, lookup, stdout, stderr)
 	case command == "migrate" && len(rest) == 1 && rest[0] == "status":
 		return migrateStatus(ctx, lookup, stdout, stderr)
+	case command == "user" && len(rest) >= 3:
+		return user(ctx, rest, lookup, stdout, stderr)
+	case command == "import" && len(rest) == 1:
+		return importAccounts(ctx, rest[0], lookup, stdout, stderr)
 	case command == "outbox" && len(rest) > 0:
 		return outbox(ctx, rest, lookup, stdout, stderr)
 	case command == "healthcheck" && len(rest) == 0:
@@ -350,6 +362,84 @@ func migrateStatus(ctx context.Context, lookup func(string) (string, bool), stdo
 		}
 		return err
 	})
+}
+
+// user does one action on an account and prints what it is now.
+func user(ctx context.Context, args []string, lookup func(string) (string, bool), stdout, stderr io.Writer) int {
+	action, tenant, rest := args[0], args[1], args[2:]
+	if rest[0] == "--email" {
+		rest = rest[1:]
+	}
+	value := ""
+	if len(rest) == 2 && auth.ActionTakesArgument(action) {
+		value = rest[1]
+	}
+	if !slices.Contains(auth.Actions, action) || len(rest) == 0 || auth.ActionTakesArgument(action) != (len(rest) == 2) || len(rest) > 2 {
+		fmt.Fprint(stderr, usage)
+		return exitUsage
+	}
+	cfg, err := auth.LoadConfig(lookup)
+	if err != nil {
+		return usageError(stderr, err)
+	}
+	store, err := openStore(cfg)
+	if err != nil {
+		return usageError(stderr, err)
+	}
+	defer store.Close()
+	// The audit line goes to stderr: stdout is the answer.
+	srv := auth.New(cfg, store, new(atomic.Bool), auth.ReadBuild(version, commit), auth.NewLogger(stderr, slog.LevelInfo))
+	answer, err := srv.Act(ctx, action, tenant, rest[0], value, db.Origin{ClientIP: "command line", TraceID: db.NewUUID()})
+	if err != nil {
+		return commandFailed(stderr, auth.ActionError(err))
+	}
+	out := json.NewEncoder(stdout)
+	out.SetIndent("", "  ")
+	if err := out.Encode(answer); err != nil {
+		return commandFailed(stderr, err)
+	}
+	return exitOK
+}
+
+// importAccounts exits 1 when a line was bad; the good ones are in.
+func importAccounts(ctx context.Context, from string, lookup func(string) (string, bool), stdout, stderr io.Writer) int {
+	cfg, err := auth.LoadSome(lookup, "DATABASE_URL", "DATABASE_MAX_CONNECTIONS", "ARGON2_MEMORY_KIB", "ARGON2_ITERATIONS", "ARGON2_PARALLELISM")
+	if err != nil {
+		return usageError(stderr, err)
+	}
+	store, err := openStore(cfg)
+	if err != nil {
+		return usageError(stderr, err)
+	}
+	defer store.Close()
+	progress := func(auth.ImportCounts) {}
+	if info, err := os.Stderr.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {
+		progress = func(c auth.ImportCounts) { fmt.Fprintf(stderr, "\r%d lines, %d created", c.Lines, c.Created) }
+	}
+	importer := auth.NewImporter(store, cfg.Argon2, func(line int, reason string) {
+		fmt.Fprintf(stderr, "line %d: %s\n", line, reason)
+	}, progress)
+	var counts auth.ImportCounts
+	if from == "--from-auth-rs" {
+		counts, err = importer.FirstVersion(ctx, cfg.DatabaseURL.Reveal())
+	} else {
+		in := os.Stdin
+		if from != "-" {
+			if in, err = os.Open(from); err != nil {
+				return commandFailed(stderr, err)
+			}
+			defer in.Close()
+		}
+		counts, err = importer.JSONLines(ctx, in)
+	}
+	fmt.Fprintf(stdout, "%d lines: %d created, %d there already, %d bad\n", counts.Lines, counts.Created, counts.Present, counts.Bad)
+	if err != nil {
+		return commandFailed(stderr, err)
+	}
+	if counts.Bad > 0 {
+		return exitFailure
+	}
+	return exitOK
 }
 
 // outbox shows the backlog, or makes relayed events of a span of time unsent

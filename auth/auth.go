@@ -6,7 +6,8 @@
 //	http.go decode.go problem.go one adapter, strict JSON, the error table
 //	input.go policy.go           parsers for what clients send; passwords
 //	register.go login.go refresh.go session.go password.go   the endpoints, each read top to bottom
-//	hash.go                      argon2id in a bounded number of slots
+//	hash.go stored_hash.go       argon2id in a bounded number of slots; imported hashes
+//	admin.go introspect.go import.go   operating accounts
 //	token.go reset.go keys.go discovery.go   refresh, access and reset tokens, keys, metadata
 //	iplimit.go                   limits by address, in this process
 //	health.go metrics.go log.go  what operators see
@@ -71,6 +72,7 @@ type live struct {
 	verifier      *jwt.Verifier
 	sealers       map[string]resetSealer // by the kid of the key they are derived from
 	registerToken Secret
+	adminToken    Secret
 	policy        passwordPolicy
 	certificate   *tls.Certificate // nil: plain HTTP
 }
@@ -109,6 +111,7 @@ func (s *Server) setLive(cfg Config) {
 		verifier:      jwt.NewVerifier(cfg.Issuer, cfg.Audience, cfg.Keys.Public),
 		sealers:       sealers,
 		registerToken: cfg.RegisterToken,
+		adminToken:    cfg.AdminToken,
 		policy:        passwordPolicy{minLength: cfg.PasswordMinLength, blocklist: cfg.Blocklist},
 		certificate:   cfg.TLSCertificate,
 	})
@@ -158,7 +161,8 @@ type route struct {
 
 func (s *Server) routeTable() []route {
 	routes := []route{
-		{"POST", "/api/auth/register", "201", handleJSON(s, logRegister, http.StatusCreated, s.register)},
+		{"POST", "/api/auth/register", "201", s.withToken(logRegister, func(l *live) Secret { return l.registerToken }, true,
+			handleJSON(s, logRegister, http.StatusCreated, s.register))},
 		{"POST", "/api/auth/login", "200", handleJSON(s, logLogin, http.StatusOK, s.login)},
 		{"POST", "/api/auth/refresh", "200", handleJSON(s, logRefresh, http.StatusOK, s.refresh)},
 		{"POST", "/api/auth/logout", "204", handleJSON(s, logLogout, http.StatusNoContent, s.logout)},
@@ -192,7 +196,7 @@ func (s *Server) metricsRoute() route {
 func (s *Server) Handler() http.Handler { return s.wrap(s.mux(s.routes)) }
 
 // AdminHandler is what ADMIN_ADDR serves.
-func (s *Server) AdminHandler() http.Handler { return s.wrap(s.mux([]route{s.metricsRoute()})) }
+func (s *Server) AdminHandler() http.Handler { return s.wrap(s.mux(s.adminRoutes())) }
 
 // mux registers the table. A path without the method asked for is 405 with
 // what it allows; everything else is 404.

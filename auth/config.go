@@ -271,7 +271,11 @@ func valueOf(lookup func(string) (string, bool), name string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("%s_FILE: %w", name, err)
 	}
-	return strings.TrimSuffix(strings.TrimSuffix(string(b), "\n"), "\r"), nil
+	value = strings.TrimSuffix(strings.TrimSuffix(string(b), "\n"), "\r")
+	if value == "" { // not the same as not set: a token that went missing must not open a door
+		return "", fmt.Errorf("%s_FILE: file is empty", name)
+	}
+	return value, nil
 }
 
 // readBounded reads a small file. Its errors name no path: a path may be a

@@ -15,12 +15,16 @@ import (
 // maxBody bounds a request body in bytes.
 const maxBody = 64 << 10
 
-// member is one member that a request object may have. The types of requests
-// list theirs; there is no reflection and so no surprise about what is read.
+// member is one member that a request may have. The types of requests list
+// theirs; there is no reflection and so no surprise about what is read. One of
+// text, flag and object is set.
 type member struct {
 	name     string
 	text     *string
+	flag     *bool
+	object   *json.RawMessage
 	optional bool // may be absent or null
+	path     bool // stands in the path, not in the body
 }
 
 // request is what the endpoints' input types implement through a pointer.
@@ -90,7 +94,7 @@ func decodeObject(body []byte, members []member) error {
 		}
 	}
 	for _, m := range members {
-		if !seen[m.name] && !m.optional {
+		if !seen[m.name] && !m.optional && !m.path {
 			wrong = append(wrong, fieldError{m.name, "missing"})
 		}
 	}
@@ -102,7 +106,7 @@ func decodeObject(body []byte, members []member) error {
 
 func memberNamed(members []member, name string) *member {
 	for i := range members {
-		if members[i].name == name {
+		if members[i].name == name && !members[i].path {
 			return &members[i]
 		}
 	}
@@ -116,7 +120,13 @@ func (m *member) decode(raw json.RawMessage) string {
 		return ""
 	case string(raw) == "null":
 		return "null"
-	case raw[0] != '"':
+	case m.flag != nil && (raw[0] == 't' || raw[0] == 'f'):
+		*m.flag = raw[0] == 't'
+		return ""
+	case m.object != nil && raw[0] == '{': // who takes an object checks what is in it
+		*m.object = raw
+		return ""
+	case m.text == nil || raw[0] != '"':
 		return "wrong_type"
 	case !utf8.Valid(raw) || hasLoneSurrogate(raw):
 		return "invalid_unicode" // encoding/json would put U+FFFD in its place

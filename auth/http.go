@@ -2,6 +2,8 @@ package auth
 
 import (
 	"context"
+	"crypto/sha256"
+	"crypto/subtle"
 	"encoding/json"
 	"log/slog"
 	"net/http"
@@ -57,13 +59,17 @@ type caller struct {
 // record is filled by an endpoint as it learns the names.
 type record struct {
 	result  string // "" for success until the operation ends
+	action  string // of an operator
 	tenant  db.TenantID
 	user    db.UserID
 	session db.SessionID
 }
 
 func (r *record) attrs(o db.Origin) []slog.Attr {
-	attrs := make([]slog.Attr, 0, 7)
+	attrs := make([]slog.Attr, 0, 8)
+	if r.action != "" {
+		attrs = append(attrs, slog.String("action", r.action))
+	}
 	if r.result != "" {
 		attrs = append(attrs, slog.String("result", r.result))
 	}
@@ -111,18 +117,22 @@ func handleJSON[In any, P request[In], Out any](s *Server, event string, status 
 	}
 }
 
-// readRequest fills members from the body of a POST, else from the path.
+// readRequest fills members from the path and, for a POST, from the body.
 func (s *Server) readRequest(w http.ResponseWriter, r *http.Request, c caller, members []member) error {
-	if r.Method != http.MethodPost {
-		for _, m := range members {
+	inBody := false
+	for _, m := range members {
+		if m.path {
 			*m.text = r.PathValue(m.name)
 		}
+		inBody = inBody || !m.path
+	}
+	if r.Method != http.MethodPost {
 		return nil
 	}
 	if err := s.spendIP(c); err != nil {
 		return err
 	}
-	if len(members) == 0 && r.ContentLength == 0 {
+	if !inBody && r.ContentLength == 0 {
 		return nil // nothing to say, and nothing said
 	}
 	body, err := readBody(w, r)
@@ -130,6 +140,33 @@ func (s *Server) readRequest(w http.ResponseWriter, r *http.Request, c caller, m
 		return err
 	}
 	return decodeObject(body, members)
+}
+
+// withToken lets only callers through that show the configured token as
+// Bearer. Without one configured, open decides. Guesses count for the limit by
+// address.
+func (s *Server) withToken(event string, token func(*live) Secret, open bool, next http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		want := token(s.live.Load()).Reveal()
+		c := s.caller(r)
+		if want == "" && open || want != "" && sameSecret(c.bearer, want) {
+			next(w, r)
+			return
+		}
+		err := s.spendIP(c)
+		if err == nil {
+			err = errUnauthorized
+		}
+		s.finish(r.Context(), event, c, err)
+		writeProblem(w, c.origin.TraceID, asFailure(err))
+	}
+}
+
+// sameSecret compares digests, so that neither content nor length shows in
+// the time.
+func sameSecret(got, want string) bool {
+	a, b := sha256.Sum256([]byte(got)), sha256.Sum256([]byte(want))
+	return subtle.ConstantTimeCompare(a[:], b[:]) == 1
 }
 
 // nothing is the input of endpoints that need none, and the output of those

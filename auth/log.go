@@ -32,6 +32,8 @@ const (
 	logPassword      = "auth.password_change"
 	logForgot        = "auth.password_forgot"
 	logReset         = "auth.password_reset"
+	logAdmin         = "admin.action"
+	logIntrospect    = "admin.introspect"
 	logLockout       = "auth.lockout"
 	logHashBusy      = "auth.hash_busy"
 	logHashBad       = "auth.hash_refused"

@@ -2,7 +2,6 @@ package auth
 
 import (
 	"context"
-	"encoding/json"
 	"time"
 
 	"github.com/7d-solutions/identity-auth/db"
@@ -76,10 +75,7 @@ func (s *Server) forgotPassword(ctx context.Context, c caller, in forgotRequest)
 	}
 	if within {
 		token := newResetToken()
-		seal := func(user db.UserID, expires string) (json.RawMessage, error) {
-			return s.sealReset(tenant, resetSecret{user, email.String(), token.String(), expires})
-		}
-		if _, err := s.store.RequestReset(ctx, tenant, email, token.hash(), seal, c.origin); err != nil {
+		if _, err := s.store.RequestReset(ctx, tenant, email, token.hash(), s.sealFor(tenant, email.String(), token), c.origin); err != nil {
 			return nothing{}, err
 		}
 	}

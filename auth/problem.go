@@ -89,6 +89,10 @@ func asFailure(err error) *failure {
 		return &failure{problem: p}
 	case errors.Is(err, db.ErrSessionOver):
 		return &failure{problem: errInvalidToken}
+	case errors.Is(err, db.ErrNoAccount):
+		return &failure{problem: errNotFound}
+	case errors.Is(err, db.ErrTaken):
+		return &failure{problem: errConflict}
 	case errors.Is(err, db.ErrUnavailable), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
 		// Cancelled: the client has gone and reads no answer.
 		return &failure{problem: errUnavailable}

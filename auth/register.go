@@ -2,8 +2,6 @@ package auth
 
 import (
 	"context"
-	"crypto/sha256"
-	"crypto/subtle"
 	"time"
 
 	"github.com/7d-solutions/identity-auth/db"
@@ -29,10 +27,6 @@ type registerResponse struct {
 // register creates an account. The hash is computed only for what may be
 // stored: allowed, well-formed, strong enough and within the limit.
 func (s *Server) register(ctx context.Context, c caller, in registerRequest) (registerResponse, error) {
-	live := s.live.Load()
-	if want := live.registerToken.Reveal(); want != "" && !sameSecret(c.bearer, want) {
-		return registerResponse{}, errUnauthorized
-	}
 	var wrong []fieldError
 	tenant, err := db.ParseTenantID(in.TenantID)
 	if err != nil {
@@ -50,7 +44,7 @@ func (s *Server) register(ctx context.Context, c caller, in registerRequest) (re
 	if len(wrong) > 0 {
 		return registerResponse{}, invalidFields(wrong...)
 	}
-	if reasons := live.policy.check(in.Password, email); len(reasons) > 0 {
+	if reasons := s.live.Load().policy.check(in.Password, email); len(reasons) > 0 {
 		return registerResponse{}, &failure{problem: errWeakPassword, reasons: reasons}
 	}
 	place, err := s.hasher.queue()
@@ -77,11 +71,4 @@ func (s *Server) register(ctx context.Context, c caller, in registerRequest) (re
 		return registerResponse{}, errConflict
 	}
 	return registerResponse{tenant, user, email.String()}, nil
-}
-
-// sameSecret compares digests, so that neither content nor length shows in
-// the time.
-func sameSecret(got, want string) bool {
-	a, b := sha256.Sum256([]byte(got)), sha256.Sum256([]byte(want))
-	return subtle.ConstantTimeCompare(a[:], b[:]) == 1
 }

@@ -75,15 +75,18 @@ func sealAccount(tenant db.TenantID, user db.UserID) []byte {
 	return []byte(tenant.String() + user.String())
 }
 
-// sealReset seals the secret under the current key.
-func (s *Server) sealReset(tenant db.TenantID, secret resetSecret) (json.RawMessage, error) {
-	l := s.live.Load()
-	kid := l.keys.Signer.KeyID()
-	plain, err := json.Marshal(secret)
-	if err != nil { // unreachable: strings
-		return nil, err
+// sealFor seals the token for the account under the current key, once the
+// account and the time of expiry are known.
+func (s *Server) sealFor(tenant db.TenantID, email string, token resetToken) db.SealFunc {
+	return func(user db.UserID, expires string) (json.RawMessage, error) {
+		l := s.live.Load()
+		kid := l.keys.Signer.KeyID()
+		plain, err := json.Marshal(resetSecret{user, email, token.String(), expires})
+		if err != nil { // unreachable: strings
+			return nil, err
+		}
+		return json.Marshal(sealedSecret{kid, l.sealers[kid].aead.Seal(nil, nil, plain, sealAccount(tenant, user))})
 	}
-	return json.Marshal(sealedSecret{kid, l.sealers[kid].aead.Seal(nil, nil, plain, sealAccount(tenant, secret.UserID))})
 }
 
 var errUnseal = errors.New("no key to open the sealed secret")

@@ -40,7 +40,7 @@ func (s *Server) listSessions(ctx context.Context, _ caller, p db.Principal, _ n
 type sessionRequest struct{ SessionID string }
 
 func (r *sessionRequest) members() []member {
-	return []member{{name: "session_id", text: &r.SessionID}}
+	return []member{{name: "session_id", text: &r.SessionID, path: true}}
 }
 
 // revokeSession ends one session of the caller's account. What is not the

@@ -157,3 +157,23 @@ SELECT EXISTS (SELECT FROM s), coalesce((SELECT genuine FROM s), false),
 	s.wakeRelay()
 	return p, genuine || !known, nil
 }
+
+// SessionIsLive tells whether the principal's session is.
+func (s *Store) SessionIsLive(ctx context.Context, p Principal) (live bool, err error) {
+	err = s.queryRow(ctx, []any{&live}, `SELECT `+liveSQL, p.tenant, p.user, p.session)
+	return live, err
+}
+
+// CheckRefresh tells, without spending it, whether a refresh token is the
+// current one of a live session, and until when.
+func (s *Store) CheckRefresh(ctx context.Context, step Step) (p Principal, expires time.Time, ok bool, err error) {
+	p.session = step.Session
+	err = s.queryRow(ctx, []any{&p.tenant, &p.user, &expires}, `
+SELECT tenant_id, user_id, expires_at FROM sessions
+ WHERE id = $1 AND family_hash = $2 AND generation = $3 AND step_hash = $4 AND revoked_at IS NULL AND expires_at > clock_timestamp()`,
+		step.Session, step.FamilyHash, step.Generation, step.StepHash)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return p, expires, false, nil
+	}
+	return p, expires, err == nil, err
+}
