@@ -112,23 +112,28 @@ type Ack struct{ Seq, StreamSeq int64 }
 // markSentSQL needs the lock on the stream's row first, which makes it come
 // wholly before or wholly after a CompareStream. It does not ask whether a row
 // is unsent: that would invite a walk over the whole backlog in place of one
-// look-up a row.
+// look-up a row. A row that becomes transient meanwhile is left unsent, and
+// deleted with its next acknowledgement.
 const markSentSQL = `
 WITH fence AS (
     UPDATE relay_streams SET acked_seq = greatest(acked_seq, (SELECT max(a) FROM unnest($4::bigint[]) AS a))
      WHERE stream = $1 AND generation = $2
     RETURNING stream
+), acked AS MATERIALIZED (
+    SELECT a.seq, a.stream_seq FROM fence, unnest($3::bigint[], $4::bigint[]) AS a(seq, stream_seq)
 ), sent AS (
     UPDATE outbox AS o
-       SET sent_at = clock_timestamp(), stream_seq = a.stream_seq,
+       SET sent_at = clock_timestamp(), stream_seq = acked.stream_seq,
            data = CASE event_type WHEN $5 THEN '{}' ELSE data END
-      FROM fence, unnest($3::bigint[], $4::bigint[]) AS a(seq, stream_seq)
-     WHERE o.seq = a.seq
+      FROM acked WHERE o.seq = acked.seq AND NOT o.transient
+), gone AS (
+    DELETE FROM outbox AS o USING acked WHERE o.seq = acked.seq AND o.transient
 )
 SELECT EXISTS (SELECT FROM fence)`
 
 // MarkSent records acknowledgements of one stream, received since generation
-// was learnt from CompareStream. ok is false, and nothing is recorded, when a
+// was learnt from CompareStream. The data of secrets is erased, and the events
+// of deleted accounts are deleted. ok is false, and nothing is recorded, when a
 // loss was noticed since: what was acknowledged may be gone. Recording twice
 // does no harm.
 func (s *Store) MarkSent(ctx context.Context, stream string, generation int64, acks []Ack) (ok bool, err error) {

@@ -208,6 +208,8 @@ func TestMarkSent(t *testing.T) {
 	ctx := t.Context()
 	dbtest.Exec(t, url, fmt.Sprintf(writeEvents, "123"))
 	dbtest.Exec(t, url, `UPDATE outbox SET event_type = 'auth.secrets.password_reset', data = '{"sealed":"x"}' WHERE seq = 2`)
+	dbtest.Exec(t, url, fmt.Sprintf(writeEvents, "5"))
+	dbtest.Exec(t, url, `UPDATE outbox SET transient = true WHERE seq = 4`)
 	st := StreamState{Name: "S", Created: time.Unix(1, 5), LastSeq: 7}
 	generation, lost, resend, err := store.CompareStream(ctx, st, false)
 	if err != nil || lost || resend {
@@ -224,7 +226,7 @@ func TestMarkSent(t *testing.T) {
 		{"in order", "S", generation, true},
 		{"again", "S", generation, true},
 	} {
-		got, err := store.MarkSent(ctx, c.stream, c.generation, []Ack{{Seq: 2, StreamSeq: 9}, {Seq: 1, StreamSeq: 8}})
+		got, err := store.MarkSent(ctx, c.stream, c.generation, []Ack{{Seq: 2, StreamSeq: 9}, {Seq: 4, StreamSeq: 10}, {Seq: 1, StreamSeq: 8}})
 		if err != nil || got != c.want {
 			t.Errorf("%s: got %v, %v, want %v", c.what, got, err, c.want)
 		}
@@ -233,10 +235,10 @@ func TestMarkSent(t *testing.T) {
 		}
 	}
 	if got := dbtest.Query[string](t, url, `SELECT concat(stream_seq, ' ', sent_at IS NOT NULL, ' ', data = '{}') FROM outbox ORDER BY seq`); !slices.Equal(got, []string{"8 t f", "9 t t", " f f"}) {
-		t.Errorf("got %q: want the acknowledgements, and the secret erased", got)
+		t.Errorf("got %q: want the acknowledgements, the secret erased, and the transient row gone", got)
 	}
-	if got := dbtest.Value[int64](t, url, `SELECT acked_seq FROM relay_streams`); got != 9 {
-		t.Errorf("acked_seq: got %d, want 9", got)
+	if got := dbtest.Value[int64](t, url, `SELECT acked_seq FROM relay_streams`); got != 10 {
+		t.Errorf("acked_seq: got %d, want 10", got)
 	}
 }
 
