@@ -41,8 +41,8 @@ const (
 	maxDate  = 253402300799 // the last second of the year 9999, which time.Time and RFC 3339 still write
 )
 
-// ErrInvalid is the kind of every error that says: this token is bad, and
-// stays bad. The text adds one of a fixed set of reasons.
+// ErrInvalid is the kind of every error that says: this token is not good. The
+// text adds one of a fixed set of reasons.
 var ErrInvalid = errors.New("jwt: invalid token")
 
 // ErrUnavailable is the kind of every error that says: whether the token is

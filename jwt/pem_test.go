@@ -74,7 +74,7 @@ func TestParsePrivateKeyPEMRefuses(t *testing.T) {
 		"the public key too":   {good + pkixPublic(), notOneBlock},
 		"a broken one first":   {"-----BEGIN PRIVATE KEY-----\nx\n" + good, notOneBlock},
 		"byte order mark":      {"\uFEFF" + good, notOneBlock},
-		"over 16 KiB":          {good + strings.Repeat("x", 16<<10), notOneBlock},
+		"over 16 KiB":          {edit(good, "KEY-----\nM", "KEY-----\n"+strings.Repeat("\n", 16<<10)+"M"), notOneBlock},
 		"the public key":       {pkixPublic(), notPrivate},
 		"a certificate":        {block("CERTIFICATE", []byte{0x30, 0}), notPrivate},
 		"EC by its name":       {block("EC PRIVATE KEY", must(x509.MarshalECPrivateKey(ec))), notPrivate},

@@ -47,8 +47,8 @@ type RemoteKeySet struct {
 }
 
 // NewRemoteKeySet returns the set behind rawURL, which is https, or http on the
-// loopback interface. It does not fetch yet. Of client, nil for a default one,
-// the transport is used; redirects are refused whatever it says.
+// loopback interface. It does not fetch yet. A nil client stands for one that
+// suits; redirects are refused whatever another one's policy is.
 func NewRemoteKeySet(rawURL string, client *http.Client) (*RemoteKeySet, error) {
 	u, err := url.Parse(rawURL)
 	if err != nil || u.Hostname() == "" || u.User != nil {
@@ -184,9 +184,9 @@ func maxAge(h http.Header) time.Duration {
 // theirs are still in their time. It is safe for concurrent use, and its size
 // follows the number of those sessions, not of all that ever were.
 //
-// It knows what it was told: at start, feed it the auth.session.revoked events
-// of the last access token lifetime before serving, then all that follow. The
-// feed is trusted: who can write to it can end sessions, not begin them.
+// It knows what it was told: before serving, feed it the auth.session.revoked
+// events of the last access token lifetime and Leeway, then all that follow.
+// The feed is trusted: who can write to it can end sessions, not begin them.
 type RevocationList struct {
 	mu      sync.Mutex           // guards the fields below
 	until   map[string]time.Time // by session: when to forget it
