@@ -133,7 +133,9 @@ func serve(ctx context.Context, lookup func(string) (string, bool), stdout, stde
 	defer store.Close()
 	schemaReady := new(atomic.Bool)
 	srv := auth.New(cfg, store, schemaReady, auth.ReadBuild(version, commit), log)
-	bus, err := natsbus.New(natsConfig(cfg), store, log, natsbus.Observer{Published: srv.EventPublished, PublishFailed: srv.EventPublishFailed})
+	busConfig := natsConfig(cfg)
+	busConfig.Unseal = srv.UnsealReset
+	bus, err := natsbus.New(busConfig, store, log, natsbus.Observer{Published: srv.EventPublished, PublishFailed: srv.EventPublishFailed})
 	if err != nil {
 		return usageError(stderr, fmt.Errorf("NATS_URL: %w", err))
 	}

@@ -158,6 +158,12 @@ func servedRoutes() []route {
 	return (&Server{cfg: Config{PasswordResetTTL: time.Minute}}).routeTable()
 }
 
+// operatorRoutes is what ADMIN_ADDR serves beside the metrics.
+func operatorRoutes() []route {
+	routes := (&Server{cfg: Config{AdminToken: Secret{"configured"}}}).adminRoutes()
+	return slices.DeleteFunc(routes, func(r route) bool { return r.path == "/metrics" })
+}
+
 func TestReadmeEndpoints(t *testing.T) {
 	rows := paperTable(t, "README.md", "## Endpoints")
 	var got, want []string
@@ -168,6 +174,34 @@ func TestReadmeEndpoints(t *testing.T) {
 		want = append(want, r.method+" "+r.path+" "+r.success)
 	}
 	sameSet(t, "endpoints", got, want)
+}
+
+func TestRunbookOperators(t *testing.T) {
+	rows := paperTable(t, "RUNBOOK.md", "# 17. Operating accounts")
+	var want, paths []string
+	for _, r := range operatorRoutes() {
+		if r.path != "/api/admin/introspect" {
+			paths = append(paths, r.method+" "+strings.TrimPrefix(r.path, "/api/admin/tenants/{tenant}/users/{user}"))
+		}
+	}
+	for _, action := range Actions {
+		if ActionTakesArgument(action) {
+			action += " VALUE"
+		}
+		want = append(want, action)
+	}
+	sameSet(t, "actions", column(rows, 0), want)
+	for i := range rows {
+		rows[i][1] = strings.Trim(rows[i][1], "`")
+	}
+	sameSet(t, "paths of actions", trimmed(column(rows, 1)), trimmed(paths))
+}
+
+func trimmed(list []string) []string {
+	for i := range list {
+		list[i] = strings.TrimSpace(list[i])
+	}
+	return list
 }
 
 func TestReadmeMetrics(t *testing.T) {
@@ -413,10 +447,14 @@ func (r openapiResponse) codes() []string {
 	return codes
 }
 
+const adminAccount = "/api/admin/tenants/{tenant}/users/{user}"
+
 // Codes that belong together in the table below.
 var (
 	anyOperation = []string{"internal"}
 	dbOperation  = append([]string{"unavailable"}, anyOperation...)
+	operator     = append([]string{"unauthorized", "not_found", "rate_limited"}, dbOperation...)
+	operatorPost = append([]string{"unauthorized", "not_found"}, anyPost...)
 	anyPost      = append([]string{"invalid_request", "request_timeout", "body_too_large", "unsupported_media_type", "rate_limited"}, dbOperation...)
 )
 
@@ -443,6 +481,17 @@ var answers = map[string]struct {
 	"GET /health/live":                            {anyOperation, []string{"200"}, ""},
 	"GET /health/ready":                           {anyOperation, []string{"200", "503"}, ""},
 	"GET /openapi.json":                           {anyOperation, []string{"200", "304"}, ""},
+	"GET " + adminAccount:                         {operator, []string{"200"}, ""},
+	"DELETE " + adminAccount:                      {operator, []string{"200"}, ""},
+	"POST " + adminAccount + "/disable":           {operatorPost, []string{"200"}, ""},
+	"POST " + adminAccount + "/enable":            {operatorPost, []string{"200"}, ""},
+	"POST " + adminAccount + "/unlock":            {operatorPost, []string{"200"}, ""},
+	"POST " + adminAccount + "/revoke-sessions":   {operatorPost, []string{"200"}, ""},
+	"POST " + adminAccount + "/set-email":         {append([]string{"already_registered"}, operatorPost...), []string{"200"}, ""},
+	"POST " + adminAccount + "/set-claims":        {operatorPost, []string{"200"}, ""},
+	"POST " + adminAccount + "/force-reset":       {operatorPost, []string{"200"}, ""},
+	"GET " + adminAccount + "/export":             {operator, []string{"200"}, ""},
+	"POST /api/admin/introspect":                  {[]string{"invalid_request", "unauthorized", "body_too_large", "unsupported_media_type", "rate_limited", "internal", "unavailable"}, []string{"200"}, ""},
 	"GET /metrics":                                {append([]string{"not_found"}, anyOperation...), []string{"200", "503"}, ""},
 }
 
@@ -454,7 +503,7 @@ func TestOpenAPIAnswers(t *testing.T) {
 		table[p.code] = p
 	}
 	var routes []string
-	for _, r := range servedRoutes() {
+	for _, r := range append(servedRoutes(), operatorRoutes()...) {
 		routes = append(routes, r.method+" "+r.path)
 		if !slices.Contains(answers[r.method+" "+r.path].plain, r.success) {
 			t.Errorf("%s %s: its status of success, %s, is not documented", r.method, r.path, r.success)
@@ -582,6 +631,9 @@ func TestOpenAPIReasons(t *testing.T) {
 		find(fields, `fieldError\{.*, "([a-z_0-9]+)"\}`, text)
 		find(weak, `append\(reasons, "([a-z_]+)"\)`, text)
 		if path == "decode.go" { // of member.decode
+			find(fields, `(?m)^\t\treturn "([a-z_]+)"`, text)
+		}
+		if path == "admin.go" { // of checkClaims
 			find(fields, `(?m)^\t\treturn "([a-z_]+)"`, text)
 		}
 	}

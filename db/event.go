@@ -58,6 +58,10 @@ type subject struct {
 // of their commits.
 const insertEvents = `INSERT INTO outbox (event_type, tenant_id, user_id, trace_id, causation_id, data) `
 
+// insertTransient is insertEvents for rows that are deleted with their
+// acknowledgement.
+const insertTransient = `INSERT INTO outbox (event_type, tenant_id, user_id, trace_id, data, transient) `
+
 // addEvent writes one event in the transaction of its change.
 func addEvent(ctx context.Context, tx pgx.Tx, t EventType, about subject, origin Origin, data map[string]any) error {
 	data["user_id"] = about.user

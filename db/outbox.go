@@ -11,8 +11,8 @@ import (
 )
 
 // EventPasswordResetSecret is not an event for everyone: its data is a sealed
-// token for the mailer. It goes to a stream of its own, its data is erased
-// with the acknowledgement, and it is never sent a second time.
+// token for the mailer. It goes to a stream of its own, its row is transient,
+// and it is never sent again once acknowledged.
 const EventPasswordResetSecret EventType = "auth.secrets.password_reset"
 
 // OutboxRow is one event as it was written.
@@ -121,13 +121,13 @@ WITH fence AS (
     RETURNING stream
 ), acked AS MATERIALIZED (
     SELECT a.seq, a.stream_seq FROM fence, unnest($3::bigint[], $4::bigint[]) AS a(seq, stream_seq)
-), sent AS (
-    UPDATE outbox AS o
-       SET sent_at = clock_timestamp(), stream_seq = acked.stream_seq,
-           data = CASE event_type WHEN $5 THEN '{}' ELSE data END
-      FROM acked WHERE o.seq = acked.seq AND NOT o.transient
+), acks AS (
+    SELECT a.* FROM fence, unnest($3::bigint[], $4::bigint[]) AS a(seq, stream_seq)
 ), gone AS (
-    DELETE FROM outbox AS o USING acked WHERE o.seq = acked.seq AND o.transient
+    DELETE FROM outbox AS o USING acks WHERE o.seq = acks.seq AND o.transient
+), sent AS (
+    UPDATE outbox AS o SET sent_at = clock_timestamp(), stream_seq = acks.stream_seq
+      FROM acks WHERE o.seq = acks.seq AND NOT o.transient
 )
 SELECT EXISTS (SELECT FROM fence)`
 
@@ -141,7 +141,7 @@ func (s *Store) MarkSent(ctx context.Context, stream string, generation int64, a
 	for i, a := range acks {
 		seqs[i], streamSeqs[i] = a.Seq, a.StreamSeq
 	}
-	err = s.queryRow(ctx, []any{&ok}, markSentSQL, stream, generation, seqs, streamSeqs, EventPasswordResetSecret)
+	err = s.queryRow(ctx, []any{&ok}, markSentSQL, stream, generation, seqs, streamSeqs)
 	return ok, err
 }
 

@@ -54,7 +54,7 @@ RETURNING user_id, event_time(expires_at)`, tenant, email.String(), tokenHash, s
 	if err != nil {
 		return false, err
 	}
-	_, err = tx.Exec(ctx, insertEvents+`VALUES ($1, $2, $3, $4, NULL, $5)`, EventPasswordResetSecret, about.tenant, about.user, origin.TraceID, sealed)
+	_, err = tx.Exec(ctx, insertTransient+`VALUES ($1, $2, $3, $4, $5, true)`, EventPasswordResetSecret, about.tenant, about.user, origin.TraceID, sealed)
 	return true, err
 }
 

@@ -1,37 +1,43 @@
 // Package natsbus relays the outbox to JetStream.
 //
-// It guarantees: every event that was committed is published, with the same
-// event_id however often, until JetStream has acknowledged it, and again when
-// JetStream turns out to have lost it; no row is skipped or given up, and one
-// that cannot go out holds back its own user's only. By the first copy in the
-// stream, the events of one user stand in the order of writing.
+// It guarantees: every committed event is published, each time under its one
+// event_id, until JetStream has acknowledged it, and again when JetStream
+// turns out to have lost it. No row is skipped or given up; one that cannot go
+// out holds back its own user's only. By first copy in the stream, the events
+// of a user stand in the order of writing.
 //
-// How: a row is unsent until an acknowledgement is recorded in it, so crashes
-// of anything lead to a second copy, never to a lost one, and JetStream drops
-// second copies by event_id for ten minutes. A user has one message under way
-// at a time, so the next goes out only when the one before is stored. One
-// process relays at a time, by a lease that it gives up believing in, by its
-// own clock, before PostgreSQL gives it to another. A process that was stopped
-// between that look at the clock and the write, and goes on minutes later,
-// publishes one message of each user at most, which the other has published
-// by then: a second copy, and what it would record is void if a loss was
-// noticed meanwhile.
+// Why that holds. A row is unsent until its acknowledgement is recorded in it:
+// a crash of anything leads to a second copy, which JetStream drops by
+// event_id for ten minutes, and never to a lost one. Of each user one message
+// is under way, so the next goes out only when the one before is stored,
+// whatever timed out or was refused in between.
 //
-// A connection is never reconnected: each begins with a comparison of what the
+// One process relays at a time, by a lease that it gives up by its own clock
+// before PostgreSQL's runs out. One that is stopped between its last look at
+// the clock and the write publishes, when it goes on, one message of each user
+// that the next holder has published by then: a second copy, whether or not
+// the ten minutes are over. What it would record is void if a loss was noticed
+// meanwhile. So two relays at once cost copies, not events or order, but for
+// one case: such a late message can come before older ones if the stream was
+// lost during the pause as well.
+//
+// A connection is never reconnected. Each begins with a comparison of what the
 // streams hold with what they acknowledged, so nothing is published into a
-// store that was cut back before that is known. Whenever a stream does not
-// look as expected the connection is dropped and the comparison made anew.
+// store that was cut back before that is known; a stream that stops looking as
+// expected ends the connection. Only the holder of the lease makes streams, so
+// nobody publishes into a new one before the loss of the old one is known.
 //
 // It trusts the NATS account: who may publish to auth.events.> can forge
 // events. It trusts that a stream on file storage keeps what it acknowledged,
-// and checks what it can see of that. It leaves to consumers: dropping second
-// copies by event_id.
+// as far as created time and last sequence tell. It leaves to consumers:
+// dropping second copies by event_id.
 package natsbus
 
 import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -89,9 +95,9 @@ type Config struct {
 	Replicas      int           // of streams that are made here
 	SecretsMaxAge time.Duration // PASSWORD_RESET_TTL; 0: no AUTH_SECRETS stream
 
-	// Unseal makes the message of an EventPasswordResetSecret from its sealed
-	// data. Nil, or an error: the row waits.
-	Unseal func(db.OutboxRow) ([]byte, error)
+	// Unseal opens the data of an EventPasswordResetSecret just before it is
+	// published. Nil, or an error: the row waits.
+	Unseal func(db.OutboxRow) (json.RawMessage, error)
 }
 
 // Observer is told of every event acknowledged and of every attempt that
@@ -101,26 +107,26 @@ type Observer struct {
 	PublishFailed func(eventType string)
 }
 
-// Bus relays the outbox. But for what follows mu everything is set by New.
+// Bus relays the outbox.
 type Bus struct {
 	store   *db.Store
 	log     *slog.Logger
 	obs     Observer
 	id      db.RelayID
 	streams []jetstream.StreamConfig
-	unseal  func(db.OutboxRow) ([]byte, error)
+	unseal  func(db.OutboxRow) (json.RawMessage, error)
 
 	start    time.Time
 	answered atomic.Int64 // when every stream last answered and was safe, since start; 0: never
 
-	// mu guards cfg and files, which Reload replaces.
-	mu    sync.Mutex
-	cfg   Config
-	files files
-
 	failures sampler           // of connecting and of the relay
-	findings map[string]string // by stream: what keeps it from being used; for keepStreams
-	cutBack  map[string]uint64 // by stream: where its end turned out to be, for the next comparison; for relay
+	cutBack  map[string]uint64 // by stream: where its end turned out to be, for the relay's next comparison
+
+	// mu guards cfg and files, which Reload replaces, and findings.
+	mu       sync.Mutex
+	cfg      Config
+	files    files
+	findings map[string]string // by stream: what keeps it from being used
 }
 
 // files are what the files named in Config hold; nil: none is named.
@@ -254,12 +260,12 @@ func (b *Bus) Flush(ctx context.Context) error {
 	return err
 }
 
-// link is one connection, from the comparison of the streams to its end.
+// link is one connection.
 type link struct {
-	nc      *nats.Conn
-	js      jetstream.JetStream
-	safe    atomic.Bool // every stream was there and safe at the last look
-	results chan result // of every message published, in a buffer that holds them all
+	nc       *nats.Conn
+	js       jetstream.JetStream
+	relaying atomic.Bool // the streams were compared and are published to
+	results  chan result // of every message published, in a buffer that holds them all
 }
 
 // connection connects once and works until the connection is closed, is to be

@@ -35,6 +35,7 @@ type relayer struct {
 	*Bus
 	*link
 	leaseEnds time.Time // by our clock, never later than by PostgreSQL's
+	fetchTook time.Duration
 	streams   map[string]*streamMark
 	underWay  map[*nats.Msg]*flight
 	live      int // of these, those that the batch waits for
@@ -68,25 +69,27 @@ type result struct {
 	err error
 }
 
-// relay waits until the streams are safe and the lease is ours, compares the
-// streams, and then relays until ctx is done or either no longer holds.
+// relay waits until the lease is ours, makes and compares the streams, and then
+// relays until ctx is done or something is not as expected.
 func (b *Bus) relay(ctx context.Context, l *link) {
-	for began := time.Now(); ; began = time.Now() {
-		if ctx.Err() != nil {
-			return
-		}
-		if !l.safe.Load() {
-			sleep(ctx, batchPause)
-			continue
-		}
+	for ctx.Err() == nil {
+		began := time.Now()
 		held, err := b.store.AcquireRelay(ctx, b.id, leaseTTL)
 		if err == nil && held {
 			r := &relayer{
 				Bus: b, link: l, leaseEnds: began.Add(leaseTTL), streams: map[string]*streamMark{},
 				underWay: map[*nats.Msg]*flight{}, held: map[db.Lane]backoff{}, acks: map[string][]db.Ack{},
 			}
-			r.run(ctx)
-			return
+			if err = r.compareStreams(ctx); err == nil {
+				l.relaying.Store(true)
+				err = r.run(ctx)
+				if err != nil && ctx.Err() == nil {
+					b.report(logRelayFailed, err)
+				}
+				return
+			}
+			// Another process may see more than this one.
+			err = errors.Join(err, b.store.ReleaseRelay(ctx, b.id))
 		}
 		if err != nil && ctx.Err() == nil {
 			b.report(logRelayFailed, err)
@@ -95,36 +98,33 @@ func (b *Bus) relay(ctx context.Context, l *link) {
 	}
 }
 
-func (r *relayer) run(ctx context.Context) {
-	err := r.compareStreams(ctx)
-	for err == nil && r.safe.Load() {
-		var more bool
-		began := time.Now()
-		if err = r.renew(ctx); err == nil {
+func (r *relayer) run(ctx context.Context) error {
+	for ctx.Err() == nil {
+		err := r.renew(ctx)
+		more := false
+		if err == nil {
 			more, err = r.batch(ctx)
 		}
-		if errors.Is(err, db.ErrUnavailable) && !errors.Is(err, errDrop) {
-			r.report(logRelayFailed, err)
-			err = nil
+		if err != nil && (errors.Is(err, errDrop) || !errors.Is(err, db.ErrUnavailable)) {
+			return err
 		}
-		if ctx.Err() != nil {
-			return
+		if err != nil && ctx.Err() == nil {
+			r.report(logRelayFailed, err)
 		}
 		if !more {
-			r.wait(ctx, max(batchPause, min(4*time.Since(began), time.Second)))
+			r.wait(ctx)
 		}
 	}
-	if err != nil && ctx.Err() == nil {
-		r.report(logRelayFailed, err)
-	}
+	return nil
 }
 
-// wait is at least pause: in it more rows gather, and a fetch that vacuum's
-// absence made slow does not eat a processor. It ends with a commit in this
-// process, when a lane's back-off is over, or with the poll for what other
-// processes committed. Whoever is not the holder does not listen for commits.
-func (r *relayer) wait(ctx context.Context, pause time.Duration) {
-	sleep(ctx, pause)
+// wait first lets rows gather, and keeps a fetch that is slow, because vacuum
+// is held up, from eating a processor. It ends with a commit in this process,
+// when a lane's back-off is over, or with the poll for what other processes
+// committed. LISTEN would tell of those too, but NOTIFY takes a lock that
+// makes all commits of all replicas follow each other.
+func (r *relayer) wait(ctx context.Context) {
+	sleep(ctx, max(batchPause, min(4*r.fetchTook, time.Second)))
 	next := pollInterval
 	for _, h := range r.held {
 		if d := time.Until(h.until); d > 0 {
@@ -156,17 +156,15 @@ func (r *relayer) renew(ctx context.Context) error {
 	return nil
 }
 
-// compareStreams holds every stream against what it acknowledged and makes
-// lost events unsent again, before anything is published on this connection.
+// compareStreams makes what is absent, holds every stream against what it
+// acknowledged and makes lost events unsent again, before anything is
+// published on this connection.
 func (r *relayer) compareStreams(ctx context.Context) error {
 	for _, want := range r.Bus.streams {
-		asked, cancel := context.WithTimeout(ctx, checkTimeout)
-		s, err := r.js.Stream(asked, want.Name)
-		cancel()
+		info, err := r.makeStream(ctx, r.js, want)
 		if err != nil {
-			return err
+			return fmt.Errorf("%s: %w", want.Name, err)
 		}
-		info := s.CachedInfo()
 		lastSeq := info.State.LastSeq
 		if at, ok := r.cutBack[want.Name]; ok {
 			lastSeq = min(lastSeq, at)
@@ -232,7 +230,9 @@ func (r *relayer) batch(ctx context.Context) (more bool, err error) {
 	if limit == 0 || len(excluded) >= maxHeld {
 		return false, nil
 	}
+	began := time.Now()
 	rows, err := r.store.UnsentEvents(ctx, limit, excluded)
+	r.fetchTook = time.Since(began)
 	if err != nil {
 		return false, err
 	}

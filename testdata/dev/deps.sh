@@ -24,6 +24,7 @@ get() {
 		[[ -t 0 ]] || sudo -n true 2>/dev/null || fail "$sentence"
 		root=(sudo)
 	fi
+	say "Installing the distribution's $*."
 	"${root[@]}" bash testdata/dev/apt.sh "$@" || fail "$sentence"
 }
 
@@ -32,14 +33,12 @@ for need in "$@"; do
 	postgres)
 		sentence="PostgreSQL 15 or later is needed and was not found on PATH or under /usr/lib/postgresql: as root, 'apt-get install postgresql' on Debian 12, Ubuntu 24.04 or later; elsewhere, put the folder of initdb and postgres on PATH."
 		postgres_bin any >/dev/null && continue
-		say "PostgreSQL is not here yet: installing the distribution's package."
 		get "$sentence" postgresql
 		postgres_bin any >/dev/null || fail "$sentence"
 		;;
 	cc)
 		sentence="The race detector needs a C compiler: as root, 'apt-get install gcc libc6-dev' on Debian or Ubuntu; elsewhere, put gcc on PATH."
 		c_compiler && continue
-		say "A C compiler is not here yet: installing the distribution's package."
 		get "$sentence" gcc libc6-dev
 		c_compiler || fail "$sentence"
 		;;

@@ -168,8 +168,9 @@ await NATS "$nats" .run/nats.log listening "$nats_port"
 if [[ ! -d .run/keys ]]; then
 	rm -rf .run/keys.new
 	mkdir .run/keys.new
-	.bin/identity-auth keygen .run/keys.new
+	.bin/identity-auth keygen .run/keys.new >/dev/null
 	mv .run/keys.new .run/keys
+	say "Made a key pair in .run/keys."
 fi
 
 # The service. What the caller's environment sets beyond this (LOG_LEVEL, say) holds.
@@ -215,7 +216,7 @@ login=\$(curl -sS $base/api/auth/login $json -d '{"tenant_id":"$tenant","email":
 curl -sS $base/api/auth/refresh $json -d "{\"refresh_token\":\"\$(echo "\$login" | sed 's/.*"refresh_token": *"\([^"]*\)".*/\1/')\"}"
 
 END
-command -v curl >/dev/null || printf "curl is not here yet: as root, 'apt-get install curl'.\n\n"
+command -v curl >/dev/null || printf "There is no curl here yet: as root, 'apt-get install curl'.\n\n"
 
 while :; do
 	alive "$service" || { wait "$service" && code=0 || code=$?; fail "identity-auth ended by itself (exit code $code): its last lines are above."; }
