@@ -393,7 +393,7 @@ func user(ctx context.Context, args []string, lookup func(string) (string, bool)
 	srv := auth.New(cfg, store, new(atomic.Bool), auth.ReadBuild(version, commit), auth.NewLogger(stderr, slog.LevelInfo))
 	answer, err := srv.Act(ctx, action, tenant, rest[0], value, db.Origin{ClientIP: "command line", TraceID: db.NewUUID()})
 	if err != nil {
-		return commandFailed(stderr, auth.ActionError(err))
+		return commandFailed(stderr, err)
 	}
 	out := json.NewEncoder(stdout)
 	out.SetIndent("", "  ")

@@ -3,9 +3,7 @@ package auth
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"net/http"
-	"slices"
 
 	"github.com/7d-solutions/identity-auth/db"
 	"github.com/7d-solutions/identity-auth/jwt"
@@ -160,16 +158,4 @@ func (s *Server) adminRoutes() []route {
 	}
 	add(http.MethodPost, "/api/admin/introspect", logIntrospect, s.handleIntrospect)
 	return routes
-}
-
-// ActionError is how the command line tells what went wrong.
-func ActionError(err error) error {
-	var f *failure
-	if errors.As(err, &f) && len(f.fields) > 0 {
-		return errors.New(f.fields[0].Field + ": " + f.fields[0].Reason)
-	}
-	if slices.Contains(problems, asFailure(err).problem) && asFailure(err).problem != errInternal && asFailure(err).problem != errUnavailable {
-		return errors.New(asFailure(err).title)
-	}
-	return err
 }

@@ -70,6 +70,15 @@ type failure struct {
 
 func (f *failure) Unwrap() error { return f.problem }
 
+// Error is for the command line: clients get the problem.
+func (f *failure) Error() string {
+	text := f.code
+	for _, e := range f.fields {
+		text += ", " + e.Field + " " + e.Reason
+	}
+	return text
+}
+
 func rateLimited(scope string, retryAfter time.Duration) error {
 	return &failure{problem: errRateLimited, scope: scope, retryAfter: retryAfter}
 }
