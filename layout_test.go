@@ -86,15 +86,23 @@ func TestImportsAndInit(t *testing.T) {
 	}
 }
 
+// What a reviewer reads, without blank and comment lines. The number goes down,
+// or up with a reason in the commit.
 func TestSizeStaysReadable(t *testing.T) {
+	const limit = 7900
 	lines := 0
 	for file, text := range goFiles(t) {
-		if !slices.Contains(testRooms, path.Dir(file)) {
-			lines += bytes.Count(text, []byte("\n"))
+		if slices.Contains(testRooms, path.Dir(file)) {
+			continue
+		}
+		for line := range bytes.Lines(text) {
+			if line = bytes.TrimSpace(line); len(line) > 0 && !bytes.HasPrefix(line, []byte("//")) {
+				lines++
+			}
 		}
 	}
-	if lines >= 5000 {
-		t.Errorf("Go lines without tests: got %d, want fewer than 5000", lines)
+	if lines > limit {
+		t.Errorf("Go lines without tests, blanks and comments: got %d, want at most %d", lines, limit)
 	}
 }
 

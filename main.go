@@ -137,7 +137,7 @@ func serve(ctx context.Context, lookup func(string) (string, bool), stdout, stde
 	busConfig.Unseal = srv.UnsealReset
 	bus, err := natsbus.New(busConfig, store, log, natsbus.Observer{Published: srv.EventPublished, PublishFailed: srv.EventPublishFailed})
 	if err != nil {
-		return usageError(stderr, fmt.Errorf("NATS_URL: %w", err))
+		return usageError(stderr, err)
 	}
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP) // before the ports open: its default is to end the process
@@ -155,7 +155,7 @@ func serve(ctx context.Context, lookup func(string) (string, bool), stdout, stde
 	loops.Go(func() { srv.Run(background, bus) })
 	loops.Go(func() { bus.Run(background) })
 	loops.Go(func() {
-		if err := prepareSchema(background, cfg, migrations, schemaReady, log); err != nil {
+		if err := prepareSchema(background, store, cfg.MigrateOnStart, migrations, schemaReady, log); err != nil {
 			fatal <- err
 		}
 	})
@@ -233,25 +233,26 @@ func failed(log *slog.Logger, err error) int {
 
 type listener struct {
 	net.Listener
+	addr    string
 	handler http.Handler
 }
 
-// listen opens the ports: first PORT, then ADMIN_ADDR if it is set.
+// listen opens the ports: first PORT, then ADMIN_ADDR if it is set. With a
+// certificate both speak TLS.
 func listen(cfg auth.Config, srv *auth.Server) ([]listener, error) {
-	main, err := net.Listen("tcp", net.JoinHostPort(cfg.Host, cfg.Port))
-	if err != nil {
-		return nil, err
-	}
-	if cfg.TLSCertificate != nil {
-		main = tls.NewListener(main, srv.TLSConfig())
-	}
-	listeners := []listener{{main, srv.Handler()}}
+	listeners := []listener{{nil, net.JoinHostPort(cfg.Host, cfg.Port), srv.Handler()}}
 	if cfg.AdminAddr != "" {
-		admin, err := net.Listen("tcp", cfg.AdminAddr)
+		listeners = append(listeners, listener{nil, cfg.AdminAddr, srv.AdminHandler()})
+	}
+	for i := range listeners {
+		l, err := net.Listen("tcp", listeners[i].addr)
 		if err != nil {
-			return nil, errors.Join(err, main.Close())
+			return nil, err
 		}
-		listeners = append(listeners, listener{admin, srv.AdminHandler()})
+		if cfg.TLSCertificate != nil {
+			l = tls.NewListener(l, srv.TLSConfig())
+		}
+		listeners[i].Listener = l
 	}
 	return listeners, nil
 }
@@ -259,9 +260,9 @@ func listen(cfg auth.Config, srv *auth.Server) ([]listener, error) {
 // prepareSchema brings the database's schema up to the binary's, or with
 // MIGRATE_ON_START=false waits until someone has. PostgreSQL may be away: it
 // tries until ctx is done. Only a changed migration is an error.
-func prepareSchema(ctx context.Context, cfg auth.Config, ms []migrate.Migration, ready *atomic.Bool, log *slog.Logger) error {
+func prepareSchema(ctx context.Context, store *db.Store, apply bool, ms []migrate.Migration, ready *atomic.Bool, log *slog.Logger) error {
 	for {
-		applied, err := tryPrepareSchema(ctx, cfg, ms)
+		applied, err := tryPrepareSchema(ctx, store, apply, ms)
 		if len(applied) > 0 {
 			log.Info("migrate.applied", "count", len(applied), "last", applied[len(applied)-1].String())
 		}
@@ -283,20 +284,19 @@ func prepareSchema(ctx context.Context, cfg auth.Config, ms []migrate.Migration,
 	}
 }
 
-func tryPrepareSchema(ctx context.Context, cfg auth.Config, ms []migrate.Migration) ([]migrate.Migration, error) {
-	conn, err := db.Connect(ctx, cfg.DatabaseURL.Reveal())
-	if err != nil {
-		return nil, err
-	}
-	defer conn.Close(context.WithoutCancel(ctx))
-	if cfg.MigrateOnStart {
-		return migrate.Apply(ctx, conn, ms)
-	}
-	pending, err := migrate.Pending(ctx, conn, ms)
-	if err == nil && len(pending) > 0 {
-		err = fmt.Errorf("MIGRATE_ON_START=false and %d migrations are pending", len(pending))
-	}
-	return nil, err
+func tryPrepareSchema(ctx context.Context, store *db.Store, apply bool, ms []migrate.Migration) (applied []migrate.Migration, err error) {
+	err = store.Alone(ctx, func(conn *db.Conn) (err error) {
+		if apply {
+			applied, err = migrate.Apply(ctx, conn, ms)
+			return err
+		}
+		pending, err := migrate.Pending(ctx, conn, ms)
+		if err == nil && len(pending) > 0 {
+			err = fmt.Errorf("MIGRATE_ON_START=false and %d migrations are pending", len(pending))
+		}
+		return err
+	})
+	return applied, err
 }
 
 // reloadOnHangup takes over a configuration read again at each SIGHUP. A bad
@@ -310,10 +310,7 @@ func reloadOnHangup(ctx context.Context, hangup <-chan os.Signal, lookup func(st
 		}
 		cfg, err := auth.LoadConfig(lookup)
 		if err == nil {
-			err = srv.Reload(cfg)
-		}
-		if err == nil {
-			err = bus.Reload(natsConfig(cfg))
+			err = srv.Reload(cfg, func() error { return bus.Reload(natsConfig(cfg)) })
 		}
 		if err != nil {
 			log.Error("config.reload_failed", "err", err)
@@ -325,17 +322,18 @@ func reloadOnHangup(ctx context.Context, hangup <-chan os.Signal, lookup func(st
 
 // withDatabase runs f on a connection of its own for the migrate commands.
 func withDatabase(ctx context.Context, lookup func(string) (string, bool), stderr io.Writer, f func(*db.Conn, []migrate.Migration) error) int {
-	cfg, err := auth.LoadSome(lookup, "DATABASE_URL")
+	cfg, err := auth.LoadSome(lookup, "DATABASE_URL", "DATABASE_MAX_CONNECTIONS")
 	if err != nil {
 		return usageError(stderr, err)
 	}
+	store, err := openStore(cfg)
+	if err != nil {
+		return usageError(stderr, err)
+	}
+	defer store.Close()
 	ms, err := migrate.Load(sql.FS)
 	if err == nil {
-		var conn *db.Conn
-		if conn, err = db.Connect(ctx, cfg.DatabaseURL.Reveal()); err == nil {
-			defer conn.Close(context.WithoutCancel(ctx))
-			err = f(conn, ms)
-		}
+		err = store.Alone(ctx, func(conn *db.Conn) error { return f(conn, ms) })
 	}
 	if err != nil {
 		return commandFailed(stderr, err)
@@ -423,7 +421,7 @@ func importAccounts(ctx context.Context, from string, lookup func(string) (strin
 	}, progress)
 	var counts auth.ImportCounts
 	if from == "--from-auth-rs" {
-		counts, err = importer.FirstVersion(ctx, cfg.DatabaseURL.Reveal())
+		counts, err = importer.FirstVersion(ctx)
 	} else {
 		in := os.Stdin
 		if from != "-" {

@@ -6,7 +6,7 @@
 //	http.go decode.go problem.go one adapter, strict JSON, the error table
 //	input.go policy.go           parsers for what clients send; passwords
 //	register.go login.go refresh.go session.go password.go   the endpoints, each read top to bottom
-//	hash.go stored_hash.go       argon2id in a bounded number of slots; imported hashes
+//	hash.go hash_stored.go       argon2id in a bounded number of slots; imported hashes
 //	admin.go introspect.go import.go   operating accounts
 //	token.go reset.go keys.go discovery.go   refresh, access and reset tokens, keys, metadata
 //	iplimit.go                   limits by address, in this process
@@ -139,14 +139,17 @@ func (s *Server) EventPublishFailed(eventType string) {
 }
 
 // Reload takes over the keys, tokens, certificate and block list of a configuration that
-// was read again. A set of keys that verifiers would stumble over is refused
-// and the old one kept.
-func (s *Server) Reload(cfg Config) error {
+// was read again, if also agrees, which may do the same for others. A set of
+// keys that verifiers would stumble over is refused and the old one kept.
+func (s *Server) Reload(cfg Config, also func() error) error {
 	if err := cfg.Keys.succeeds(s.live.Load().keys); err != nil {
 		return err
 	}
 	if (cfg.TLSCertificate == nil) != (s.cfg.TLSCertificate == nil) {
 		return errors.New("TLS_CERT_FILE, TLS_KEY_FILE: turning TLS on or off needs a restart")
+	}
+	if err := also(); err != nil {
+		return err
 	}
 	s.setLive(cfg)
 	return nil

@@ -14,6 +14,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/7d-solutions/identity-auth/db"
 )
 
 // Secret is text that must not be printed: fmt, slog and json show
@@ -92,10 +94,11 @@ type Config struct {
 // variable is one row of the table that drives parsing. A variable whose
 // Default is empty is required if Required is set, else absent by default.
 type variable struct {
-	Name     string
-	Default  string
-	Required bool
-	set      func(c *Config, value string) error
+	Name      string
+	Default   string
+	Required  bool
+	emptyFile bool // an empty file means not set, as an empty variable does
+	set       func(c *Config, value string) error
 }
 
 // variables is the whole configuration.
@@ -105,13 +108,16 @@ func variables() []variable {
 		return variable{Name: name, Default: def, set: set}
 	}
 	pem := func(name string, required bool) variable {
-		return variable{Name: name, Required: required, set: func(c *Config, v string) error {
+		return variable{Name: name, Required: required, emptyFile: !required, set: func(c *Config, v string) error {
 			c.pems[name] = v
 			return nil
 		}}
 	}
 	return []variable{
-		{Name: "DATABASE_URL", Required: true, set: secret(func(c *Config) *Secret { return &c.DatabaseURL }, 1)},
+		{Name: "DATABASE_URL", Required: true, set: func(c *Config, v string) error {
+			c.DatabaseURL = Secret{v}
+			return db.CheckURL(v)
+		}},
 		{Name: "NATS_URL", Required: true, set: natsServers},
 		opt("NATS_CREDS_FILE", "", readableFile(func(c *Config) *string { return &c.NATSCredsFile })),
 		opt("NATS_CA_FILE", "", readableFile(func(c *Config) *string { return &c.NATSCAFile })),
@@ -167,7 +173,7 @@ func variables() []variable {
 		opt("REFRESH_PER_MIN_PER_TOKEN", "20", number(func(c *Config) *int { return &c.RefreshPerMinute }, 0, 100_000)),
 		opt("FORGOT_PER_HOUR_PER_EMAIL", "5", number(func(c *Config) *int { return &c.ForgotPerHour }, 0, 100_000)),
 		opt("IP_RATE_PER_SECOND", "20", number(func(c *Config) *int { return &c.IPRatePerSecond }, 0, 1_000_000)),
-		opt("IP_RATE_BURST", "60", number(func(c *Config) *int { return &c.IPRateBurst }, 1, 1_000_000)),
+		opt("IP_RATE_BURST", "60", number(func(c *Config) *int { return &c.IPRateBurst }, 0, 1_000_000)),
 		opt("LOGIN_FAILURES_PER_HOUR_PER_IP", "100", number(func(c *Config) *int { return &c.LoginFailuresPerHourIP }, 0, 1_000_000)),
 		opt("PASSWORD_RESET_TTL", "30m", func(c *Config, v string) error {
 			if v == "0" || v == "0s" {
@@ -236,7 +242,7 @@ func loadVariables(lookup func(string) (string, bool), vars []variable) (Config,
 	c := Config{pems: map[string]string{}}
 	var errs []error
 	for _, v := range vars {
-		value, err := valueOf(lookup, v.Name)
+		value, err := valueOf(lookup, v)
 		switch {
 		case err != nil:
 		case value == "" && v.Required:
@@ -258,22 +264,22 @@ func loadVariables(lookup func(string) (string, bool), vars []variable) (Config,
 // valueOf is the variable's value, or that of the file named by NAME_FILE
 // without its last line break. An empty variable counts as not set, since
 // compose files pass absent values on as empty ones.
-func valueOf(lookup func(string) (string, bool), name string) (string, error) {
-	value, _ := lookup(name)
-	path, _ := lookup(name + "_FILE")
+func valueOf(lookup func(string) (string, bool), v variable) (string, error) {
+	value, _ := lookup(v.Name)
+	path, _ := lookup(v.Name + "_FILE")
 	if path == "" {
 		return value, nil
 	}
 	if value != "" {
-		return "", errors.New("given twice, also as " + name + "_FILE")
+		return "", errors.New("given twice, also as " + v.Name + "_FILE")
 	}
 	b, err := readBounded(path)
 	if err != nil {
-		return "", fmt.Errorf("%s_FILE: %w", name, err)
+		return "", fmt.Errorf("%s_FILE: %w", v.Name, err)
 	}
 	value = strings.TrimSuffix(strings.TrimSuffix(string(b), "\n"), "\r")
-	if value == "" { // not the same as not set: a token that went missing must not open a door
-		return "", fmt.Errorf("%s_FILE: file is empty", name)
+	if value == "" && !v.emptyFile { // a token that went missing must not open a door
+		return "", fmt.Errorf("%s_FILE: file is empty", v.Name)
 	}
 	return value, nil
 }

@@ -19,8 +19,8 @@ import (
 
 func text(field func(*Config) *string) func(*Config, string) error {
 	return func(c *Config, v string) error {
-		if len(v) > 255 || strings.TrimSpace(v) != v {
-			return errors.New("must be at most 255 bytes without white space around them")
+		if len(v) > 255 || strings.TrimSpace(v) != v || strings.ContainsFunc(v, func(r rune) bool { return r < ' ' || r > '~' }) {
+			return errors.New("must be at most 255 bytes of printable ASCII without white space around them")
 		}
 		*field(c) = v
 		return nil
@@ -207,10 +207,15 @@ func cgroupMemoryLimit(root string) uint64 {
 // WarnOfWeakness writes a line for each setting that works but that an
 // operator should know of.
 func WarnOfWeakness(c Config, databasePlaintext bool, log *slog.Logger) {
+	var plaintext []string
 	if databasePlaintext {
-		log.Warn(logConfigPlaintext, "variable", "DATABASE_URL")
-	} else if natsPlaintext(c.NATSURL.Reveal()) {
-		log.Warn(logConfigPlaintext, "variable", "NATS_URL")
+		plaintext = append(plaintext, "DATABASE_URL")
+	}
+	if c.NATSCAFile == "" && natsPlaintext(c.NATSURL.Reveal()) {
+		plaintext = append(plaintext, "NATS_URL")
+	}
+	if len(plaintext) > 0 {
+		log.Warn(logConfigPlaintext, "variables", plaintext)
 	}
 	if c.RegisterToken.Reveal() == "" {
 		log.Warn(logConfigOpen, "variable", "REGISTER_TOKEN")

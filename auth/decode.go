@@ -33,11 +33,11 @@ type request[T any] interface {
 	members() []member
 }
 
-// readBody enforces what spec section 2 says of every POST before any parsing.
-func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+// readBody enforces the type and the bounds of a body before any parsing.
+func readBody(w http.ResponseWriter, r *http.Request, want string) ([]byte, error) {
 	media, params, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
 	charset, given := params["charset"]
-	if err != nil || media != "application/json" || given && !strings.EqualFold(charset, "utf-8") || r.Header.Get("Content-Encoding") != "" {
+	if err != nil || media != want || given && !strings.EqualFold(charset, "utf-8") || r.Header.Get("Content-Encoding") != "" {
 		return nil, errUnsupportedMedia
 	}
 	if r.ContentLength > maxBody {
@@ -80,7 +80,7 @@ func decodeObject(body []byte, members []member) error {
 		}
 		switch m := memberNamed(members, name); {
 		case seen[name]:
-			wrong = append(wrong, fieldError{name, "duplicate"})
+			wrong = append(wrong, fieldError{clientText(name, 64), "duplicate"})
 		case m == nil:
 			wrong = append(wrong, fieldError{clientText(name, 64), "unknown"})
 		default:

@@ -3,6 +3,7 @@ package auth
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"runtime"
 	"runtime/debug"
 	"sync"
@@ -74,10 +75,10 @@ func (h *hasher) queue() (*place, error) {
 // leave gives the place up; it may be called more than once.
 func (p *place) leave() { p.left.Do(func() { p.h.places.Add(-1) }) }
 
-// run waits for a slot and runs compute in it. It returns errHashBusy when no
-// slot came free in time, or ctx's error when the client went away; then
-// compute has not run.
-func (p *place) run(ctx context.Context, compute func()) error {
+// run waits for a slot and calls work in it with the time it waited. It returns
+// errHashBusy when no slot came free in time, or ctx's error when the client
+// went away; then work was not called.
+func (p *place) run(ctx context.Context, work func(waited time.Duration)) error {
 	begun := time.Now()
 	timeout := time.NewTimer(p.h.maxWait)
 	defer timeout.Stop()
@@ -86,29 +87,39 @@ func (p *place) run(ctx context.Context, compute func()) error {
 	case <-timeout.C:
 		return errHashBusy
 	case <-ctx.Done():
+		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+			return errHashBusy
+		}
 		return ctx.Err()
 	}
 	defer func() {
-		runtime.GC()
 		<-p.h.slots
 		p.leave()
 	}()
-	p.h.idle.Store(false)
-	waited := time.Since(begun)
-	begun = time.Now()
-	p.h.metrics.hashesInFlight.Inc()
-	defer p.h.metrics.hashesInFlight.Dec()
-	compute()
-	took := time.Since(begun)
-	p.h.perHash.Store((7*p.h.perHash.Load() + int64(took)) / 8) // a lost update does no harm
-	p.h.metrics.hashWait.Observe(waited.Seconds())
-	p.h.metrics.hashDuration.Observe(took.Seconds())
+	work(time.Since(begun))
 	return nil
+}
+
+// compute computes one hash in the slot that the caller holds, and frees its
+// buffer.
+func (h *hasher) compute(waited time.Duration, hash func()) {
+	defer runtime.GC()
+	h.idle.Store(false)
+	h.metrics.hashesInFlight.Inc()
+	defer h.metrics.hashesInFlight.Dec()
+	begun := time.Now()
+	hash()
+	took := time.Since(begun)
+	h.perHash.Store((7*h.perHash.Load() + int64(took)) / 8) // a lost update does no harm
+	h.metrics.hashWait.Observe(waited.Seconds())
+	h.metrics.hashDuration.Observe(took.Seconds())
 }
 
 // hash makes the PHC string of a new password.
 func (p *place) hash(ctx context.Context, password string) (phc string, err error) {
-	err = p.run(ctx, func() { phc = p.h.params.phc(password) })
+	err = p.run(ctx, func(waited time.Duration) {
+		p.h.compute(waited, func() { phc = p.h.params.phc(password) })
+	})
 	return phc, err
 }
 
@@ -126,10 +137,10 @@ func (p *place) verify(ctx context.Context, stored, password, newPassword string
 	if newPassword == "" && hash.params != p.h.params {
 		newPassword = password
 	}
-	err = p.run(ctx, func() {
-		match = hash.matches(password) && password != ""
+	err = p.run(ctx, func(waited time.Duration) {
+		p.h.compute(waited, func() { match = hash.matches(password) && password != "" })
 		if match && newPassword != "" {
-			fresh = p.h.params.phc(newPassword)
+			p.h.compute(0, func() { fresh = p.h.params.phc(newPassword) })
 		}
 	})
 	if err == nil && stored != "" && parseErr != nil {

@@ -113,13 +113,13 @@ func TestLeavingTheQueue(t *testing.T) {
 	running, finish := make(chan struct{}), make(chan struct{})
 	var first sync.WaitGroup
 	first.Go(func() {
-		place1(t, h).run(context.Background(), func() { close(running); <-finish })
+		place1(t, h).run(context.Background(), func(time.Duration) { close(running); <-finish })
 	})
 	<-running
 	ctx, hangUp := context.WithCancel(t.Context())
 	hangUp()
 	p := place1(t, h)
-	if err := p.run(ctx, func() { t.Error("computed for a client that had gone") }); !errors.Is(err, context.Canceled) {
+	if err := p.run(ctx, func(time.Duration) { t.Error("computed for a client that had gone") }); !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v", err)
 	}
 	p.leave()
@@ -134,9 +134,9 @@ func TestPanicFreesTheSlot(t *testing.T) {
 	h := testHasher(1, time.Minute)
 	func() {
 		defer func() { recover() }()
-		place1(t, h).run(t.Context(), func() { panic("test") })
+		place1(t, h).run(t.Context(), func(time.Duration) { panic("test") })
 	}()
-	if err := place1(t, h).run(t.Context(), func() {}); err != nil || h.places.Load() != 0 {
+	if err := place1(t, h).run(t.Context(), func(time.Duration) {}); err != nil || h.places.Load() != 0 {
 		t.Errorf("got %v, %d places taken", err, h.places.Load())
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"encoding/json"
+	"errors"
 	"log/slog"
 	"net/http"
 	"net/netip"
@@ -135,7 +136,7 @@ func (s *Server) readRequest(w http.ResponseWriter, r *http.Request, c caller, m
 	if !inBody && r.ContentLength == 0 {
 		return nil // nothing to say, and nothing said
 	}
-	body, err := readBody(w, r)
+	body, err := readBody(w, r, "application/json")
 	if err != nil {
 		return err
 	}
@@ -179,6 +180,9 @@ func (*nothing) members() []member { return nil }
 // token's session is still live is for the endpoint's own statement to check.
 func withBearer[In, Out any](s *Server, endpoint func(context.Context, caller, db.Principal, In) (Out, error)) func(context.Context, caller, In) (Out, error) {
 	return func(ctx context.Context, c caller, in In) (out Out, err error) {
+		if c.bearer == "" {
+			return out, &failure{problem: errInvalidToken, challenge: "Bearer"}
+		}
 		claims, err := s.live.Load().verifier.Verify(ctx, c.bearer)
 		if err != nil {
 			return out, errInvalidToken
@@ -234,6 +238,9 @@ func (s *Server) logCause(ctx context.Context, f *failure, err error) {
 	case errInternal:
 		s.sampler.line(ctx, slog.LevelError, logInternal, "", slog.String("trace_id", traceOf(ctx)), slog.String("err", err.Error()))
 	case errUnavailable:
+		if errors.Is(err, context.Canceled) {
+			return // the client went away: no outage
+		}
 		s.sampler.line(ctx, slog.LevelWarn, logUnavailable, "", slog.String("trace_id", traceOf(ctx)), slog.String("err", err.Error()))
 	}
 }
@@ -258,8 +265,8 @@ func (s *Server) caller(r *http.Request) caller {
 	if forged {
 		s.warnProxy.Do(func() { s.log.Warn(logConfigProxy, "peer", peer.String()) })
 	}
-	bearer, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
-	if !ok {
+	scheme, bearer, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+	if !strings.EqualFold(scheme, "Bearer") {
 		bearer = ""
 	}
 	return caller{
@@ -349,12 +356,12 @@ func setHeaders(h http.Header, trace string) {
 
 // answerCORS adds the headers for a listed origin and answers its preflights.
 func (s *Server) answerCORS(w http.ResponseWriter, r *http.Request) (answered bool) {
-	origin := r.Header.Get("Origin")
-	if len(s.cfg.CORSOrigins) == 0 || origin == "" {
+	if len(s.cfg.CORSOrigins) == 0 {
 		return false
 	}
+	origin := r.Header.Get("Origin")
 	h := w.Header()
-	h.Add("Vary", "Origin")
+	h.Add("Vary", "Origin") // also without one: a cache may keep the answer for who has one
 	if !slices.Contains(s.cfg.CORSOrigins, origin) {
 		return false
 	}

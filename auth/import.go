@@ -121,8 +121,8 @@ func readLine(r *bufio.Reader) (line []byte, tooLong bool, err error) {
 }
 
 // FirstVersion imports the credentials table of the first version.
-func (i *Importer) FirstVersion(ctx context.Context, url string) (ImportCounts, error) {
-	err := i.store.FirstVersionAccounts(ctx, url, func(tenant, user, email, hash string, active bool) error {
+func (i *Importer) FirstVersion(ctx context.Context) (ImportCounts, error) {
+	err := i.store.FirstVersionAccounts(ctx, func(tenant, user, email, hash string, active bool) error {
 		i.counts.Lines++
 		return i.add(ctx, importLine{TenantID: tenant, UserID: user, Email: email, PasswordHash: hash, Disabled: !active})
 	})

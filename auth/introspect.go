@@ -2,8 +2,6 @@ package auth
 
 import (
 	"context"
-	"io"
-	"mime"
 	"net/http"
 	"net/url"
 
@@ -43,12 +41,9 @@ func (s *Server) handleIntrospect(w http.ResponseWriter, r *http.Request) {
 }
 
 func readTokenForm(w http.ResponseWriter, r *http.Request) (string, error) {
-	if media, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || media != "application/x-www-form-urlencoded" {
-		return "", errUnsupportedMedia
-	}
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	body, err := readBody(w, r, "application/x-www-form-urlencoded")
 	if err != nil {
-		return "", errBodyTooLarge
+		return "", err
 	}
 	form, err := url.ParseQuery(string(body))
 	if err != nil || len(form["token"]) != 1 {

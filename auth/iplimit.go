@@ -15,8 +15,8 @@ const maxLimited = 1 << 16
 // forgetting only ever gives an attacker with that many addresses a few more
 // tries, which the limits by e-mail and the lock still count.
 type ipLimiter struct {
-	perSecond float64 // refill; 0: no limit
-	burst     float64
+	perSecond float64 // refill
+	burst     float64 // either being 0: no limit
 
 	mu      sync.Mutex
 	buckets map[netip.Addr]bucket
@@ -34,7 +34,7 @@ func newIPLimiter(perSecond, burst float64) *ipLimiter {
 
 // take spends one token of the address, or tells when there will be one.
 func (l *ipLimiter) take(addr netip.Addr) (ok bool, retryAfter time.Duration) {
-	if l.perSecond == 0 {
+	if l.perSecond == 0 || l.burst == 0 {
 		return true, 0
 	}
 	now := time.Now()
@@ -50,7 +50,7 @@ func (l *ipLimiter) take(addr netip.Addr) (ok bool, retryAfter time.Duration) {
 
 // giveBack returns a token taken for something that turned out harmless.
 func (l *ipLimiter) giveBack(addr netip.Addr) {
-	if l.perSecond == 0 {
+	if l.perSecond == 0 || l.burst == 0 {
 		return
 	}
 	now := time.Now()

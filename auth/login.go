@@ -135,6 +135,7 @@ func (s *Server) reserveGuess(ctx context.Context, c caller, check passwordCheck
 		case db.GuessLimited:
 			return nil, rateLimited("email", r.RetryAfter)
 		case db.GuessLockedNow:
+			c.rec.user = r.User
 			s.tellLockout(ctx, c)
 			return nil, &failure{problem: errLocked, retryAfter: r.RetryAfter}
 		case db.GuessLocked:

@@ -68,7 +68,7 @@ var hashBuckets = []float64{0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5
 
 func newMetrics(build Build, poolStats func() db.PoolStats, routes []route) *metrics {
 	reg := prometheus.NewRegistry()
-	m := &metrics{scrape: promhttp.HandlerFor(reg, promhttp.HandlerOpts{MaxRequestsInFlight: 4}), results: map[string]*prometheus.CounterVec{}}
+	m := &metrics{scrape: promhttp.HandlerFor(reg, promhttp.HandlerOpts{}), results: map[string]*prometheus.CounterVec{}}
 	counter := func(name, help string, label string, values ...string) *prometheus.CounterVec {
 		v := prometheus.NewCounterVec(prometheus.CounterOpts{Name: name, Help: help}, []string{label})
 		reg.MustRegister(v)

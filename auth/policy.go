@@ -134,9 +134,9 @@ func isRepetition(s string) bool {
 
 // isSequence tells whether s is made of at most four runs along the alphabet,
 // the digits or the keyboard, forwards or backwards, each of 3 or more
-// characters, with digits and signs between them allowed.
+// characters, with digits and signs between them that are not the most of it.
 func isSequence(s string) bool {
-	runs, i := 0, 0
+	runs, covered, i := 0, 0, 0
 	for i < len(s) {
 		best := 0
 		for _, line := range sequences {
@@ -149,6 +149,7 @@ func isSequence(s string) bool {
 		switch {
 		case best >= 3:
 			runs++
+			covered += best
 			i += best
 		case s[i] < 'a' && s[i] < 128: // a digit or a sign
 			i++
@@ -156,7 +157,7 @@ func isSequence(s string) bool {
 			return false
 		}
 	}
-	return runs <= 4
+	return runs <= 4 && 2*covered >= len(s)
 }
 
 // sequences are both directions of what fingers and memory run along.

@@ -39,6 +39,7 @@ func TestPasswordPolicy(t *testing.T) {
 		{"Tr0ub4dor&3 and more", "[]"},
 		{"hunter sees the moon", "[]"},
 		{"7f3kq0zv91mw", "[]"},
+		{"94837261504938271605", "[]"},
 		{"сильный пароль тут", "[]"},
 		{"password1234", "[common]"},
 		{"Password2024!", "[common]"},

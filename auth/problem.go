@@ -66,6 +66,7 @@ type failure struct {
 	fields     []fieldError // of invalid_request
 	reasons    []string     // of weak_password
 	result     string       // overrides the problem's metric label
+	challenge  string       // overrides the problem's WWW-Authenticate
 }
 
 func (f *failure) Unwrap() error { return f.problem }
@@ -102,8 +103,9 @@ func asFailure(err error) *failure {
 		return &failure{problem: errNotFound}
 	case errors.Is(err, db.ErrTaken):
 		return &failure{problem: errConflict}
-	case errors.Is(err, db.ErrUnavailable), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
-		// Cancelled: the client has gone and reads no answer.
+	case errors.Is(err, context.Canceled): // the client has gone and reads no answer
+		return &failure{problem: errUnavailable, result: "error"}
+	case errors.Is(err, db.ErrUnavailable), errors.Is(err, context.DeadlineExceeded):
 		return &failure{problem: errUnavailable}
 	}
 	return &failure{problem: errInternal}
@@ -141,13 +143,14 @@ func writeProblem(w http.ResponseWriter, trace string, f *failure) {
 	switch f.status {
 	case http.StatusLocked, http.StatusTooManyRequests, http.StatusServiceUnavailable:
 		h.Set("Retry-After", strconv.Itoa(max(1, int(math.Ceil(f.retryAfter.Seconds())))))
-	case http.StatusUnauthorized:
-		switch f.problem { // RFC 6750 section 3
-		case errUnauthorized:
-			h.Set("WWW-Authenticate", `Bearer`)
-		case errInvalidToken:
-			h.Set("WWW-Authenticate", `Bearer error="invalid_token"`)
-		}
+	}
+	switch { // RFC 6750 section 3
+	case f.challenge != "":
+		h.Set("WWW-Authenticate", f.challenge)
+	case f.problem == errUnauthorized:
+		h.Set("WWW-Authenticate", `Bearer`)
+	case f.problem == errInvalidToken:
+		h.Set("WWW-Authenticate", `Bearer error="invalid_token"`)
 	}
 	w.WriteHeader(f.status)
 	w.Write(append(body, '\n'))

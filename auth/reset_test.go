@@ -81,7 +81,7 @@ func TestSealedResetToken(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Reload(rotated); err != nil {
+	if err := s.Reload(rotated, func() error { return nil }); err != nil {
 		t.Fatal(err)
 	}
 	if got := open(); !strings.HasSuffix(got, token.String()) {

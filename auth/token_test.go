@@ -17,7 +17,7 @@ func TestRefreshTokenRoundTrip(t *testing.T) {
 	if !strings.HasPrefix(s, "iar_") || len(s) != 127 {
 		t.Errorf("form: %d bytes, %.4s", len(s), s)
 	}
-	if newRefreshToken() == newRefreshToken() {
+	if other := newRefreshToken(); other == token {
 		t.Error("two tokens are the same")
 	}
 }

@@ -25,6 +25,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgtype"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -79,7 +80,7 @@ func Open(url string, maxConns int, rules Rules) (*Store, error) {
 	// row locks for longer than others are willing to wait.
 	params["statement_timeout"] = "4500"
 	params["idle_in_transaction_session_timeout"] = "4500"
-	cfg.AfterConnect = requireDurableCommits
+	cfg.AfterConnect = prepare
 	pool, err := pgxpool.NewWithConfig(context.Background(), cfg)
 	if err != nil {
 		return nil, fmt.Errorf("connection pool: %w", err)
@@ -87,17 +88,28 @@ func Open(url string, maxConns int, rules Rules) (*Store, error) {
 	return &Store{pool: pool, rules: rules, plaintextRemote: plaintextRemote(cfg.ConnConfig), wake: make(chan struct{}, 1)}, nil
 }
 
-// Conn is a connection outside the pool, for migrations.
+// Conn is a connection that a caller has for itself.
 type Conn = pgx.Conn
 
-// Connect opens one connection under the same rules as the pool's, without
-// its timeouts.
-func Connect(ctx context.Context, url string) (*Conn, error) {
-	cfg, err := parseURL(url)
+// Alone gives f a connection of the pool for itself, without the time limits
+// of requests, and closes it afterwards, whatever f has done to it.
+func (s *Store) Alone(ctx context.Context, f func(*Conn) error) error {
+	conn, err := s.pool.Acquire(ctx)
 	if err != nil {
-		return nil, err
+		return s.classify(err)
 	}
-	return pgx.ConnectConfig(ctx, cfg.ConnConfig)
+	defer conn.Release()
+	defer conn.Conn().Close(context.WithoutCancel(ctx))
+	if _, err := conn.Exec(ctx, `SELECT set_config('statement_timeout', '0', false), set_config('idle_in_transaction_session_timeout', '0', false)`); err != nil {
+		return s.classify(err)
+	}
+	return f(conn.Conn())
+}
+
+// CheckURL tells whether Open would take the URL.
+func CheckURL(url string) error {
+	_, err := parseURL(url)
+	return err
 }
 
 func parseURL(url string) (*pgxpool.Config, error) {
@@ -153,6 +165,12 @@ func plaintextRemote(c *pgx.ConnConfig) bool {
 // PlaintextRemote tells whether the connection to PostgreSQL crosses a network
 // without TLS.
 func (s *Store) PlaintextRemote() bool { return s.plaintextRemote }
+
+// prepare readies a new connection: times come in UTC, and commits are durable.
+func prepare(ctx context.Context, conn *pgx.Conn) error {
+	conn.TypeMap().RegisterType(&pgtype.Type{Name: "timestamptz", OID: pgtype.TimestamptzOID, Codec: &pgtype.TimestamptzCodec{ScanLocation: time.UTC}})
+	return requireDurableCommits(ctx, conn)
+}
 
 // requireDurableCommits makes every answered success survive a crash of
 // PostgreSQL, whatever the server's default is. A stronger setting

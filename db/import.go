@@ -3,6 +3,8 @@ package db
 import (
 	"context"
 	"encoding/json"
+
+	"github.com/jackc/pgx/v5"
 )
 
 // ImportRow is an account that comes with its hash.
@@ -70,26 +72,17 @@ SELECT array_agg(CASE WHEN a.email IS NOT NULL THEN CASE WHEN a.email = i.email 
 
 // FirstVersionAccounts calls f with each row of the first version's table
 // credentials, which lives in schema public of the same database.
-func (s *Store) FirstVersionAccounts(ctx context.Context, url string, f func(tenant, user, email, hash string, active bool) error) error {
-	conn, err := Connect(ctx, url) // outside the pool: it reads for longer than a request may
-	if err != nil {
-		return s.classify(err)
-	}
-	defer conn.Close(context.WithoutCancel(ctx))
-	rows, err := conn.Query(ctx, `SELECT tenant_id::text, user_id::text, email, password_hash, is_active FROM public.credentials ORDER BY tenant_id, user_id`)
-	if err != nil {
-		return err
-	}
-	defer rows.Close()
-	for rows.Next() {
+func (s *Store) FirstVersionAccounts(ctx context.Context, f func(tenant, user, email, hash string, active bool) error) error {
+	return s.Alone(ctx, func(conn *Conn) error {
+		rows, err := conn.Query(ctx, `SELECT tenant_id::text, user_id::text, email, password_hash, is_active FROM public.credentials ORDER BY tenant_id, user_id`)
+		if err != nil {
+			return err
+		}
 		var tenant, user, email, hash string
 		var active bool
-		if err := rows.Scan(&tenant, &user, &email, &hash, &active); err != nil {
-			return err
-		}
-		if err := f(tenant, user, email, hash, active); err != nil {
-			return err
-		}
-	}
-	return rows.Err()
+		_, err = pgx.ForEachRow(rows, []any{&tenant, &user, &email, &hash, &active}, func() error {
+			return f(tenant, user, email, hash, active)
+		})
+		return err
+	})
 }

@@ -47,6 +47,7 @@ const (
 type Reservation struct {
 	Outcome    GuessOutcome
 	Guess      *Guess        // with GuessReserved
+	User       UserID        // of the account; zero when there is none
 	RetryAfter time.Duration // with GuessLimited and the locked ones
 }
 
@@ -113,6 +114,7 @@ func (s *Store) ReserveGuess(ctx context.Context, tenant TenantID, email Email, 
 	if err != nil {
 		return Reservation{}, err
 	}
+	r.User = g.Account.User
 	switch r.Outcome {
 	case GuessReserved:
 		r.Guess = &g

@@ -132,7 +132,7 @@ func (s *Store) EndSession(ctx context.Context, step Step, origin Origin) (p Pri
 	var known bool
 	err = s.queryRow(ctx, []any{&known, &genuine, &p.tenant, &p.user}, `
 WITH s AS (
-    SELECT tenant_id, user_id, family_hash = $2 AND ($3::uuid IS NULL OR tenant_id = $3) AS genuine FROM sessions WHERE id = $1
+    SELECT tenant_id, user_id, $2 IN (family_hash, prev_family_hash) AND ($3::uuid IS NULL OR tenant_id = $3) AS genuine FROM sessions WHERE id = $1
 ), ended AS (
     UPDATE sessions AS e SET revoked_at = t, revoked_reason = 'logout', expires_at = least(expires_at, t)
       FROM clock_timestamp() AS t, s

@@ -16,7 +16,7 @@ const (
 
 // Prune deletes what says nothing any more: locks, limits and reset tokens
 // that are over, secrets that no mailer fetched in the life of their token,
-// and sessions that ended longer than SessionRetention ago. What is left over
+// sessions that ended longer than SessionRetention ago, and relayed events. What is left over
 // is for the next call. SKIP LOCKED keeps out of the way of traffic and of
 // other replicas.
 func (s *Store) Prune(ctx context.Context) error {
@@ -52,12 +52,16 @@ DELETE FROM outbox WHERE seq IN (
 	if err != nil {
 		return err
 	}
-	return s.deleteInBatches(ctx, `
+	err = s.deleteInBatches(ctx, `
 DELETE FROM sessions WHERE id IN (
     SELECT id FROM sessions
      WHERE expires_day <= ((clock_timestamp() - $2::interval) AT TIME ZONE 'UTC')::date
        AND expires_at < clock_timestamp() - $2::interval
      LIMIT $1 FOR UPDATE SKIP LOCKED)`, s.rules.SessionRetention)
+	if err != nil {
+		return err
+	}
+	return s.PruneOutbox(ctx)
 }
 
 // deleteInBatches repeats a DELETE that takes the batch size as $1.

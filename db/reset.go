@@ -155,7 +155,7 @@ func (s *Store) ChangePassword(ctx context.Context, p Principal, g *Guess, newHa
 		var left float64
 		err = tx.QueryRow(ctx, `
 UPDATE sessions
-   SET family_hash = $4, step_hash = $5, prev_step_hash = NULL, step_seed = NULL, generation = 0, outcome = 'rotated',
+   SET prev_family_hash = family_hash, family_hash = $4, step_hash = $5, prev_step_hash = NULL, step_seed = NULL, generation = 0, outcome = 'rotated',
        used_at = clock_timestamp(), expires_at = least(clock_timestamp() + $6::interval, ends_at)
  WHERE id = $1 AND tenant_id = $2 AND user_id = $3 AND revoked_at IS NULL AND expires_at > clock_timestamp()
 RETURNING created_at, extract(epoch FROM expires_at - clock_timestamp())::float8`,

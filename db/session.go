@@ -145,7 +145,7 @@ WITH s AS (
                                   $9 > 0 AND s.window_count >= $9 AND t < s.window_start + interval '1 minute' AS limited
                              FROM clock_timestamp() AS t) AS n) AS o) AS d)
      WHERE id = $1 AND family_hash = $2 AND ($13::uuid IS NULL OR tenant_id = $13)
-    RETURNING id, tenant_id, user_id, outcome, generation, step_seed, created_at, expires_at, revoked_reason, window_start
+    RETURNING id, tenant_id, user_id, outcome, generation, step_seed, created_at, expires_at, revoked_reason, window_start, used_at
 ), replay AS (` + insertEvents + `
     SELECT 'security.refresh_replay_detected', tenant_id, user_id, $10, NULL,
            jsonb_build_object('user_id', user_id, 'session_id', id, 'client_ip', $11::text, 'user_agent', $12::text)
@@ -161,7 +161,7 @@ WITH s AS (
       FROM s, replay WHERE outcome = 'replay'
 )
 SELECT s.tenant_id, s.user_id, s.outcome, s.generation, s.step_seed, s.created_at,
-       extract(epoch FROM s.expires_at - clock_timestamp())::float8,
+       extract(epoch FROM s.expires_at - CASE s.outcome WHEN 'rotated' THEN s.used_at ELSE clock_timestamp() END)::float8,
        extract(epoch FROM s.window_start + interval '1 minute' - clock_timestamp())::float8,
        a.claims
   FROM s JOIN accounts AS a USING (tenant_id, user_id)`

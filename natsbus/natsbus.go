@@ -15,11 +15,11 @@
 // One process relays at a time, by a lease that it gives up by its own clock
 // before PostgreSQL's runs out. One that is stopped between its last look at
 // the clock and the write publishes, when it goes on, one message of each user
-// that the next holder has published by then: a second copy, whether or not
-// the ten minutes are over. What it would record is void if a loss was noticed
-// meanwhile. So two relays at once cost copies, not events or order, but for
-// one case: such a late message can come before older ones if the stream was
-// lost during the pause as well.
+// at most: the one whose turn it is, or one that the next holder has published
+// by then, a second copy whether or not the ten minutes are over. What it would
+// record is void if a loss was noticed meanwhile. So two relays at once cost
+// copies, not events or order, but for one case: such a late message can come
+// before older ones if the stream was lost during the pause as well.
 //
 // A connection is never reconnected. Each begins with a comparison of what the
 // streams hold with what they acknowledged, so nothing is published into a

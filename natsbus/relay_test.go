@@ -221,6 +221,17 @@ func TestStoreLost(t *testing.T) {
 				w.Fatal(err)
 			}
 		},
+		"stream replaced by hand, nothing written since": func(w *world) {
+			w.drained(5 * time.Second)
+			js := w.jetStream()
+			cfg := info(w, js, "AUTH_EVENTS").Config
+			if err := js.DeleteStream(w.Context(), "AUTH_EVENTS"); err != nil {
+				w.Fatal(err)
+			}
+			if _, err := js.CreateStream(w.Context(), cfg); err != nil {
+				w.Fatal(err)
+			}
+		},
 		"stream deleted, nobody relaying": func(w *world) {
 			w.stop()
 			if err := w.jetStream().DeleteStream(w.Context(), "AUTH_EVENTS"); err != nil {
@@ -237,7 +248,7 @@ func TestStoreLost(t *testing.T) {
 			w.drained(5 * time.Second)
 			w.write("3") // the newest: its relay must not overtake the others'
 			lose(w)
-			w.within(10*time.Second, "the loss is noticed", func() bool { return len(w.log.of("outbox.store_lost")) > 0 })
+			w.within(10*time.Second, "what is lost is to be sent again", func() bool { return strings.Contains(w.log.String(), `"resent":`) })
 			w.drained(10 * time.Second)
 			w.complete()
 			var order []string
@@ -249,6 +260,44 @@ func TestStoreLost(t *testing.T) {
 			}
 		})
 	}
+}
+
+// The stream is deleted while events pour in: nothing younger is published
+// before what was lost.
+func TestStreamDeletedUnderLoad(t *testing.T) {
+	w := newWorld(t, natstest.New(t))
+	other := newWorldOn(w)
+	w.start()
+	other.start()
+	w.within(5*time.Second, "up", w.bus.Up)
+	load := startLoad(w)
+	made := func() int { return len(w.log.of("nats.stream_created")) + len(other.log.of("nats.stream_created")) }
+	for range 4 {
+		time.Sleep(500 * time.Millisecond)
+		before := made()
+		if err := w.jetStream().DeleteStream(t.Context(), "AUTH_EVENTS"); err != nil {
+			t.Fatal(err)
+		}
+		w.within(5*time.Second, "it is made again", func() bool { return made() > before })
+	}
+	load.stop()
+	w.drained(20 * time.Second)
+	w.complete()
+}
+
+// Only the holder of the relay makes a stream: nobody else can know whether
+// the holder is about to publish into it.
+func TestOnlyHolderMakesStreams(t *testing.T) {
+	w := newWorld(t, natstest.New(t))
+	dbtest.Exec(t, w.database, `UPDATE relay SET holder = gen_random_uuid(), lease_until = clock_timestamp() + interval '1 hour'`)
+	w.start()
+	w.within(5*time.Second, "connected", func() bool { return len(w.log.of("nats.connected")) > 0 })
+	time.Sleep(time.Second)
+	if _, err := w.jetStream().Stream(t.Context(), "AUTH_EVENTS"); err == nil || w.bus.Up() {
+		t.Errorf("made by who does not hold the relay: %v, up: %v", err == nil, w.bus.Up())
+	}
+	dbtest.Exec(t, w.database, `UPDATE relay SET lease_until = clock_timestamp()`)
+	w.within(3*time.Second, "up", w.bus.Up)
 }
 
 // A power cut takes the end of the store: what was acknowledged behind it is
@@ -535,7 +584,7 @@ func TestSecrets(t *testing.T) {
 	w.nats.Restart()
 	w.within(5*time.Second, "both losses are noticed", func() bool {
 		s := strings.Join(w.log.of("outbox.store_lost"), "")
-		return strings.Contains(s, "AUTH_EVENTS") && strings.Contains(s, "AUTH_SECRETS")
+		return strings.Contains(s, `"resent":2`) && strings.Contains(s, "AUTH_SECRETS")
 	})
 	w.drained(5 * time.Second)
 	if got := len(w.stored("AUTH_SECRETS")); got != 0 {

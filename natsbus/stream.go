@@ -115,8 +115,8 @@ func adapt(c, want jetstream.StreamConfig) (jetstream.StreamConfig, string) {
 }
 
 // checkStream finds what would make an acknowledgement worthless, or never
-// come. Limits of size and age are the operator's choice: a stream that is
-// full refuses, and rows wait, or drops the oldest, as it was told to.
+// come. Limits and retention are the operator's choice: a stream that is full
+// refuses, and rows wait, or drops the oldest, as it was told to.
 func checkStream(c jetstream.StreamConfig) error {
 	switch {
 	case c.Storage != jetstream.FileStorage:

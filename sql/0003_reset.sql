@@ -1,3 +1,6 @@
+ALTER TABLE sessions ADD COLUMN prev_family_hash bytea CHECK (octet_length(prev_family_hash) = 32);
+COMMENT ON COLUMN sessions.prev_family_hash IS 'The family secret before the last password change: its tokens are dead, but still name the session at logout.';
+
 -- Password reset. One row an account: a later request voids the earlier.
 
 CREATE TABLE reset_tokens (

@@ -32,6 +32,7 @@ stop_one() {
 	done
 	printf '%s does not stop: killing it.\n' "$1" >&2
 	kill -s KILL "$2"
+	wait "$2" 2>/dev/null
 }
 
 # stop ends the servers before those that they depend on. A second Ctrl-C changes

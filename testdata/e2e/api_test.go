@@ -755,7 +755,7 @@ func TestAdminAddress(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	port := freePort(t)
-	s := w.start(cheap, unlimited, env{"ADMIN_ADDR": "127.0.0.1:" + port})
+	s := held(t, w.start(cheap, unlimited, env{"ADMIN_ADDR": "127.0.0.1:" + port}))
 	admin := &service{t: t, base: "http://127.0.0.1:" + port, client: s.client}
 	for _, row := range []struct {
 		s      *service
@@ -776,9 +776,6 @@ func TestAdminAddress(t *testing.T) {
 		a := row.s.get(row.path)
 		if a.status != row.status {
 			t.Errorf("GET %s%s: got %d, want %d", row.s.base, row.path, a.status, row.status)
-		}
-		for _, wrong := range wrongHeaders("GET", row.path, a) {
-			t.Errorf("GET %s%s: %s", row.s.base, row.path, wrong)
 		}
 	}
 	wantCode(t, "login on the admin address", admin.do("POST", loginPath, newPerson().loginBody(password)), 404, "not_found")

@@ -301,9 +301,15 @@ func operations(p person, tok tokens) map[string]func(*service) (answer, error) 
 			return s.try("POST", loginPath, p.loginBody("wrong battery staple horse"))
 		},
 		"login of an unknown e-mail": func(s *service) (answer, error) { return s.try("POST", loginPath, newPerson().loginBody(password)) },
-		"refresh":                    func(s *service) (answer, error) { return s.try("POST", refreshPath, body(map[string]string{"refresh_token": tok.RefreshToken})) },
-		"logout":                     func(s *service) (answer, error) { return s.try("POST", "/api/auth/logout", body(map[string]string{"refresh_token": tok.RefreshToken})) },
-		"logout-all":                 func(s *service) (answer, error) { return s.try("POST", "/api/auth/logout-all", []byte(`{}`), bearer...) },
+		"refresh": func(s *service) (answer, error) {
+			return s.try("POST", refreshPath, body(map[string]string{"refresh_token": tok.RefreshToken}))
+		},
+		"logout": func(s *service) (answer, error) {
+			return s.try("POST", "/api/auth/logout", body(map[string]string{"refresh_token": tok.RefreshToken}))
+		},
+		"logout-all": func(s *service) (answer, error) {
+			return s.try("POST", "/api/auth/logout-all", []byte(`{}`), bearer...)
+		},
 		"password": func(s *service) (answer, error) {
 			return s.try("POST", "/api/auth/password", body(map[string]string{"current_password": password, "new_password": "another battery staple horse"}), bearer...)
 		},
@@ -608,7 +614,9 @@ func TestLinesOfOperations(t *testing.T) {
 	}
 	known := map[string]any{"tenant_id": p.TenantID, "user_id": p.UserID}
 	stranger := map[string]any{"tenant_id": unknown.TenantID}
-	session := func() map[string]any { return map[string]any{"tenant_id": p.TenantID, "user_id": p.UserID, "session_id": sid} }
+	session := func() map[string]any {
+		return map[string]any{"tenant_id": p.TenantID, "user_id": p.UserID, "session_id": sid}
+	}
 	for _, row := range []struct {
 		name, path string
 		body       func() []byte

@@ -39,7 +39,7 @@ func held(t *testing.T, s *service) *service {
 	if err != nil {
 		t.Fatalf("auth/openapi.json: %v", err)
 	}
-	h := &holder{t: t, doc: doc, next: s.client.Transport, secrets: map[string]string{}}
+	h := &holder{t: t, doc: doc, admin: s.adminAddr(), next: s.client.Transport, secrets: map[string]string{}, told: map[string]bool{}}
 	s.client.Transport = h
 	t.Cleanup(func() {
 		if !s.stopped {
@@ -52,14 +52,26 @@ func held(t *testing.T, s *service) *service {
 	return s
 }
 
+// adminAddr is what ADMIN_ADDR says, "" when it is not set.
+func (s *service) adminAddr() string {
+	for _, v := range s.cmd.Env {
+		if addr, ok := strings.CutPrefix(v, "ADMIN_ADDR="); ok {
+			return addr
+		}
+	}
+	return ""
+}
+
 // holder is the transport of a service under held.
 type holder struct {
-	t    *testing.T
-	doc  *openapi3.T
-	next http.RoundTripper
+	t     *testing.T
+	doc   *openapi3.T
+	admin string // address of the second listener, "" for none
+	next  http.RoundTripper
 
 	mu      sync.Mutex
 	secrets map[string]string // to where it was seen
+	told    map[string]bool   // a fault is told once, not for every request
 }
 
 // CloseIdleConnections lets http.Client reach the connections.
@@ -97,8 +109,14 @@ func (h *holder) RoundTrip(req *http.Request) (*http.Response, error) {
 	if err := h.undocumented(req, sent, a); err != nil {
 		wrong = append(wrong, fmt.Sprintf("not as in openapi.json: %v", err))
 	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	for _, w := range wrong {
-		h.t.Errorf("%s %s answered %d: %s\nbody: %.300q", req.Method, req.URL.Path, a.status, w, a.body)
+		fault := fmt.Sprintf("%s %.100s answered %d: %s", req.Method, req.URL.Path, a.status, w)
+		if !h.told[fault] {
+			h.told[fault] = true
+			h.t.Errorf("%s\nbody: %.300q", fault, a.body)
+		}
 	}
 	return resp, nil
 }
@@ -201,6 +219,9 @@ func wrongProblem(method string, a answer) (wrong []string) {
 // the document allows.
 func (h *holder) undocumented(req *http.Request, sent []byte, a answer) error {
 	path, item, params := documentedPath(h.doc, req.URL)
+	if item != nil && !h.serves(req.URL.Host, path, item) {
+		item = nil
+	}
 	method := req.Method
 	if method == http.MethodHead {
 		method = http.MethodGet
@@ -229,6 +250,13 @@ func (h *holder) undocumented(req *http.Request, sent []byte, a answer) error {
 		return fmt.Errorf("the request was let in: %v", err)
 	}
 	return nil
+}
+
+// serves tells whether the listener at host has the path: those with servers of
+// their own are on ADMIN_ADDR, and so is /metrics if there is one.
+func (h *holder) serves(host, path string, item *openapi3.PathItem) bool {
+	ofAdmin := len(item.Servers) > 0 || path == "/metrics" && h.admin != ""
+	return ofAdmin == (h.admin != "" && host == h.admin)
 }
 
 // documentedPath finds the path of the document that u is, with its parameters.
@@ -331,10 +359,14 @@ func TestOpenAPIDocument(t *testing.T) {
 
 	// Every route is a series of the histogram from the start: what is served
 	// is what is documented.
-	var documented, measured []string
+	var documented, operators, measured []string
 	for path, item := range doc.Paths.Map() {
 		for method := range item.Operations() {
-			if method != http.MethodHead { // goes without saying where there is GET
+			switch {
+			case method == http.MethodHead: // goes without saying where there is GET
+			case len(item.Servers) > 0:
+				operators = append(operators, method+" "+path)
+			default:
 				documented = append(documented, method+" "+path)
 			}
 		}
@@ -354,8 +386,15 @@ func TestOpenAPIDocument(t *testing.T) {
 	for _, route := range documented {
 		method, path, _ := strings.Cut(route, " ")
 		a := s.do(method, path, []byte(`{}`), "Content-Type", "application/json")
-		if discovery := strings.HasSuffix(path, "-configuration") || strings.HasSuffix(path, "-server"); !discovery && (a.status == 404 || a.status == 405) {
+		discovery := strings.HasSuffix(path, "-configuration") || strings.HasSuffix(path, "-server")
+		if a.status == 405 || a.status == 404 && !discovery {
 			t.Errorf("%s: got %d, want it to be served", route, a.status)
+		}
+	}
+	for _, route := range operators {
+		method, path, _ := strings.Cut(route, " ")
+		if a := s.do(method, path, []byte(`{}`)); a.status != 404 {
+			t.Errorf("%s on PORT: got %d, want 404", route, a.status)
 		}
 	}
 }

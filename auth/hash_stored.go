@@ -186,7 +186,7 @@ func parsePBKDF2(s string) (storedHash, error) {
 		plus := strings.NewReplacer(".", "+")
 		salt, key, bytesOK = saltAndKey(base64.RawStdEncoding, plus.Replace(parts[2]), plus.Replace(parts[3]))
 	case '_':
-		salt, key, bytesOK = saltAndKey(base64.StdEncoding, "AAAAAAAAAAA=", parts[3])
+		_, key, bytesOK = saltAndKey(base64.StdEncoding, "AAAAAAAAAAA=", parts[3])
 		salt = []byte(parts[2]) // Django's salt is text
 	case ':':
 		salt, key, bytesOK = saltAndHex(parts[2], parts[3])
