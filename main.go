@@ -134,7 +134,7 @@ func serve(ctx context.Context, lookup func(string) (string, bool), stdout, stde
 	schemaReady := new(atomic.Bool)
 	srv := auth.New(cfg, store, schemaReady, auth.ReadBuild(version, commit), log)
 	busConfig := natsConfig(cfg)
-	busConfig.Unseal = srv.UnsealReset
+	busConfig.Unseal, busConfig.Ready = srv.UnsealReset, schemaReady.Load
 	bus, err := natsbus.New(busConfig, store, log, natsbus.Observer{Published: srv.EventPublished, PublishFailed: srv.EventPublishFailed})
 	if err != nil {
 		return usageError(stderr, err)

@@ -119,9 +119,7 @@ WITH fence AS (
     UPDATE relay_streams SET acked_seq = greatest(acked_seq, (SELECT max(a) FROM unnest($4::bigint[]) AS a))
      WHERE stream = $1 AND generation = $2
     RETURNING stream
-), acked AS MATERIALIZED (
-    SELECT a.seq, a.stream_seq FROM fence, unnest($3::bigint[], $4::bigint[]) AS a(seq, stream_seq)
-), acks AS (
+), acks AS MATERIALIZED (
     SELECT a.* FROM fence, unnest($3::bigint[], $4::bigint[]) AS a(seq, stream_seq)
 ), gone AS (
     DELETE FROM outbox AS o USING acks WHERE o.seq = acks.seq AND o.transient
@@ -132,10 +130,9 @@ WITH fence AS (
 SELECT EXISTS (SELECT FROM fence)`
 
 // MarkSent records acknowledgements of one stream, received since generation
-// was learnt from CompareStream. The data of secrets is erased, and the events
-// of deleted accounts are deleted. ok is false, and nothing is recorded, when a
-// loss was noticed since: what was acknowledged may be gone. Recording twice
-// does no harm.
+// was learnt from CompareStream; transient rows are deleted. ok is false, and
+// nothing is recorded, when a loss was noticed since: what was acknowledged may
+// be gone. Recording twice does no harm.
 func (s *Store) MarkSent(ctx context.Context, stream string, generation int64, acks []Ack) (ok bool, err error) {
 	seqs, streamSeqs := make([]int64, len(acks)), make([]int64, len(acks))
 	for i, a := range acks {
@@ -157,7 +154,7 @@ type StreamState struct {
 // before an acknowledged message; LastSeq never sinks by age or limits. From
 // then on acknowledgements of earlier generations do not count. resend means
 // that a loss, this or an earlier one, is to be made good with ResendLost
-// before anything else is published; secrets are never sent again.
+// before anything else is published; of secrets nothing is kept to send again.
 func (s *Store) CompareStream(ctx context.Context, st StreamState, secrets bool) (generation int64, lost, resend bool, err error) {
 	err = s.tx(ctx, func(ctx context.Context, tx pgx.Tx) error {
 		created := st.Created.UTC().Format(time.RFC3339Nano)
@@ -202,8 +199,8 @@ func (s *Store) ResendLost(ctx context.Context, stream string) (n int64, done bo
 WITH r AS (
     SELECT resend_above, resend_after FROM relay_streams WHERE stream = $1 AND resend_above IS NOT NULL FOR UPDATE
 ), page AS (
-    SELECT p.seq, p.sent_at IS NOT NULL AND p.stream_seq > r.resend_above AND p.event_type <> $2 AS lost
-      FROM r, LATERAL (SELECT * FROM outbox WHERE seq > r.resend_after ORDER BY seq LIMIT $3) AS p
+    SELECT p.seq, p.sent_at IS NOT NULL AND p.stream_seq > r.resend_above AS lost
+      FROM r, LATERAL (SELECT * FROM outbox WHERE seq > r.resend_after ORDER BY seq LIMIT $2) AS p
 ), resent AS (
     UPDATE outbox AS o SET sent_at = NULL, stream_seq = NULL FROM page WHERE o.seq = page.seq AND page.lost
     RETURNING o.seq
@@ -213,13 +210,13 @@ WITH r AS (
            resend_above = CASE WHEN EXISTS (SELECT FROM page) THEN resend_above END
      WHERE stream = $1
 )
-SELECT (SELECT count(*) FROM resent), NOT EXISTS (SELECT FROM page)`, stream, EventPasswordResetSecret, outboxPage)
+SELECT (SELECT count(*) FROM resent), NOT EXISTS (SELECT FROM page)`, stream, outboxPage)
 	return n, done, err
 }
 
 // Replay makes the relayed events of one page of the outbox that occurred in
 // [since, until) unsent again. The caller begins with after 0 and goes on with
-// next until that is 0. Secrets are left out.
+// next until that is 0.
 func (s *Store) Replay(ctx context.Context, since, until time.Time, after int64) (n, next int64, err error) {
 	err = s.queryRow(ctx, []any{&n, &next}, `
 WITH page AS (
@@ -227,10 +224,10 @@ WITH page AS (
 ), again AS (
     UPDATE outbox AS o SET sent_at = NULL, stream_seq = NULL
       FROM page
-     WHERE o.seq = page.seq AND o.sent_at IS NOT NULL AND o.occurred_at >= $3 AND o.occurred_at < $4 AND o.event_type <> $5
+     WHERE o.seq = page.seq AND o.sent_at IS NOT NULL AND o.occurred_at >= $3 AND o.occurred_at < $4
     RETURNING o.seq
 )
-SELECT (SELECT count(*) FROM again), coalesce((SELECT max(seq) FROM page), 0)`, after, outboxPage, since, until, EventPasswordResetSecret)
+SELECT (SELECT count(*) FROM again), coalesce((SELECT max(seq) FROM page), 0)`, after, outboxPage, since, until)
 	if n > 0 {
 		s.wakeRelay()
 	}

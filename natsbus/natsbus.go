@@ -98,6 +98,10 @@ type Config struct {
 	// Unseal opens the data of an EventPasswordResetSecret just before it is
 	// published. Nil, or an error: the row waits.
 	Unseal func(db.OutboxRow) (json.RawMessage, error)
+
+	// Ready tells whether the database has the tables that the relay needs; it
+	// waits until then. Nil: it has.
+	Ready func() bool
 }
 
 // Observer is told of every event acknowledged and of every attempt that
@@ -115,6 +119,7 @@ type Bus struct {
 	id      db.RelayID
 	streams []jetstream.StreamConfig
 	unseal  func(db.OutboxRow) (json.RawMessage, error)
+	ready   func() bool
 
 	start    time.Time
 	answered atomic.Int64 // when every stream last answered and was safe, since start; 0: never
@@ -139,7 +144,7 @@ type files struct {
 // are wrong, and no value.
 func New(cfg Config, store *db.Store, log *slog.Logger, obs Observer) (*Bus, error) {
 	b := &Bus{
-		store: store, log: log, obs: obs, id: db.NewRelayID(), unseal: cfg.Unseal,
+		store: store, log: log, obs: obs, id: db.NewRelayID(), unseal: cfg.Unseal, ready: cfg.Ready,
 		start: time.Now(), findings: map[string]string{}, cutBack: map[string]uint64{},
 	}
 	b.streams = []jetstream.StreamConfig{{

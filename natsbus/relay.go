@@ -73,6 +73,10 @@ type result struct {
 // relays until ctx is done or something is not as expected.
 func (b *Bus) relay(ctx context.Context, l *link) {
 	for ctx.Err() == nil {
+		if b.ready != nil && !b.ready() {
+			sleep(ctx, batchPause)
+			continue
+		}
 		began := time.Now()
 		held, err := b.store.AcquireRelay(ctx, b.id, leaseTTL)
 		if err == nil && held {

@@ -508,6 +508,15 @@ func TestLimitByAddress(t *testing.T) {
 		}
 	})
 
+	for _, name := range []string{"IP_RATE_PER_SECOND", "IP_RATE_BURST"} {
+		t.Run("off by "+name, func(t *testing.T) {
+			off := held(t, w.start(cheap, unlimited, env{"IP_RATE_PER_SECOND": "1", "IP_RATE_BURST": "1", name: "0"}))
+			for range 20 {
+				wantCode(t, "a call", off.refresh("none"), 401, "invalid_refresh_token")
+			}
+		})
+	}
+
 	t.Run("not on GET", func(t *testing.T) {
 		client := "198.51.100.30"
 		exhaust(t, client)
