@@ -48,6 +48,12 @@ build: need-go ## the static binary, .bin/identity-auth
 .PHONY: bench
 bench: need-go postgres tools ## run every benchmark
 	go test -run '^$$' -bench . -benchmem -timeout 30m ./...
+	cd testdata/e2e && go test -run '^$$' -bench . -timeout 30m .
+
+.PHONY: torture
+torture: need-go postgres tools ## the long fault tests, and a minute of every fuzz target
+	go test -tags torture -run Torture -count=1 -timeout 30m -v ./natsbus
+	FUZZTIME=60s testdata/dev/fuzz.sh
 
 .PHONY: fuzz
 fuzz: need-go ## fuzz every target for FUZZTIME (10s) each
