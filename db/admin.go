@@ -230,8 +230,9 @@ func (s *Store) Delete(ctx context.Context, ref AccountRef, origin Origin) (Acco
 		}
 		for _, sql := range []string{
 			`DELETE FROM accounts WHERE tenant_id = $1 AND user_id = $2`, // and, by cascade, sessions and reset tokens
-			`DELETE FROM outbox WHERE tenant_id = $1 AND user_id = $2 AND (sent_at IS NOT NULL OR event_type = 'auth.secrets.password_reset')`,
+			// Marked first: an acknowledgement recorded in between deletes the row itself.
 			`UPDATE outbox SET transient = true WHERE tenant_id = $1 AND user_id = $2`,
+			`DELETE FROM outbox WHERE tenant_id = $1 AND user_id = $2 AND (sent_at IS NOT NULL OR event_type = 'auth.secrets.password_reset')`,
 		} {
 			if _, err := tx.Exec(ctx, sql, about.tenant, about.user); err != nil {
 				return err
