@@ -441,8 +441,8 @@ func claimsRefused(t *testing.T, o offices) {
 		if i%5 != 0 {
 			continue
 		}
-		if code, _, stderr := o.command(t, nil, nil, "user", "set-claims", p.TenantID, p.UserID, row.claims); code != 1 || !strings.Contains(stderr, "claims: ") {
-			t.Errorf("%s by command line: got exit code %d, %s; want 1 and why", row.name, code, stderr)
+		if code, _, stderr := o.command(t, nil, nil, "user", "set-claims", p.TenantID, p.UserID, row.claims); code != 1 || !strings.Contains(stderr, "claims ") {
+			t.Errorf("%s by command line: got exit code %d, %s; want 1, naming claims", row.name, code, stderr)
 		}
 	}
 	if got := claims(t, o.b.login(p).AccessToken); got["kept"] != true {

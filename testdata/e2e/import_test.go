@@ -172,6 +172,7 @@ func TestImportReports(t *testing.T) {
 	addBad("password_hash", line("pbkdf2_sha256$1000$sea\x00salt$CWWFdHOWwPnki7HvkcqN9iA2T3KLW1cf2uZ5kvArtVY=", nil))
 	addBad("claims", line(aBcryptHash, map[string]any{"claims": map[string]any{"x": "a\x00b"}}))
 	addBad("claims", line(aBcryptHash, map[string]any{"claims": json.RawMessage(`{"x":1e200000}`)}))
+	addBad("password_hash", line("$scrypt$ln=63,r=8,p=1$U29kaXVtQ2hsb3JpZGU$cCO9yzr9c0hGHAbNgf045w", nil))
 	// More than four times today's memory, or more than the ceilings of time.
 	for _, hash := range []string{
 		"$argon2id$v=19$m=77825,t=2,p=1$c29tZXNhbHQ$CTFhFdXPJO1aFaMaO6Mm5c8y7cJHAph8ArZWb2GRPPc",
@@ -181,7 +182,6 @@ func TestImportReports(t *testing.T) {
 		"$2b$15$" + aBcryptHash[len("$2a$05$"):],
 		"$2b$31$" + aBcryptHash[len("$2a$05$"):],
 		"$scrypt$ln=17,r=8,p=1$U29kaXVtQ2hsb3JpZGU$cCO9yzr9c0hGHAbNgf045w",
-		"$scrypt$ln=63,r=8,p=1$U29kaXVtQ2hsb3JpZGU$cCO9yzr9c0hGHAbNgf045w",
 		"scrypt:16384:8:1000$SodiumChloride$7023bdcb3afd7348461c06cd81fd38eb",
 		"$pbkdf2-sha256$5000001$0ZrzXitFSGltTQnBWOsdAw$Y11AchqV4b0sUisdZd0Xr97KWoymNE0LNNrnEgY4H9M",
 		"pbkdf2_sha512$4294967295$seasalt$CWWFdHOWwPnki7HvkcqN9iA2T3KLW1cf2uZ5kvArtVY=",

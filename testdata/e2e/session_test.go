@@ -669,18 +669,14 @@ func TestRevocationIsFinal(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	e := env{"REFRESH_REUSE_GRACE": "1m", "FORGOT_PER_HOUR_PER_EMAIL": "0", "ADMIN_TOKEN": adminToken, "MAX_SESSIONS_PER_USER": "0"}
-	withAdmin := func() (env, string) {
-		port := freePort(t)
-		return env{"ADMIN_ADDR": "127.0.0.1:" + port}, "http://127.0.0.1:" + port
-	}
-	addr, base := withAdmin()
-	replicas := []*service{w.start(cheap, unlimited, e, addr)}
-	for range 2 {
-		addr, base = withAdmin()
-		replicas = append(replicas, w.startPlain(cheap, unlimited, e, addr))
+	var replicas []*service
+	port := ""
+	for range 3 {
+		port = freePort(t)
+		replicas = append(replicas, w.startPlain(cheap, unlimited, e, env{"ADMIN_ADDR": "127.0.0.1:" + port}))
 	}
 	first, second, third := replicas[0], replicas[1], replicas[2]
-	admin := &service{t: t, base: base, client: third.client}
+	admin := &service{t: t, base: "http://127.0.0.1:" + port, client: third.client}
 	var late atomic.Int64 // 200s that were under way when the revocation was answered
 
 	for _, kind := range []struct {

@@ -317,9 +317,9 @@ func TestParallelGoodLogins(t *testing.T) {
 // HASH_ACQUIRE_TIMEOUT because of his own account waits for his turn first.
 func TestParallelGoodLoginsWithHighThreshold(t *testing.T) {
 	w := newWorld(t)
-	s := w.startPlain(unlimited, cheapHashes, env{"LOCKOUT_THRESHOLD": "100", "HASH_ACQUIRE_TIMEOUT": "500ms"})
+	s := w.startPlain(unlimited, cheapHashes, env{"LOCKOUT_THRESHOLD": "100", "HASH_ACQUIRE_TIMEOUT": "1s"})
 	p := s.register()
-	checkAllLoggedIn(t, guessAll([]*service{s}, p, slices.Repeat([]string{p.Password}, 40)))
+	checkAllLoggedIn(t, guessAll([]*service{s}, p, slices.Repeat([]string{p.Password}, 50)))
 }
 
 func checkAllLoggedIn(t *testing.T, guesses []guess) {
