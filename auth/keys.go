@@ -1,6 +1,7 @@
 package auth
 
 import (
+	"crypto/rsa"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
@@ -34,21 +35,22 @@ func newKeyRing(pems map[string]string) (KeyRing, []error) {
 		if (pem == "") != (kid == "") && role != "current" { // a missing required variable is named already
 			errs = append(errs, fmt.Errorf("%s, %s: set both or none", keyName, kidName))
 		}
-		if pem == "" {
-			return jwt.Key{}, false
+		var public *rsa.PublicKey
+		var pemErr, kidErr error
+		if pem != "" {
+			if public, pemErr = jwt.ParsePublicKeyPEM(pemBytes(pem)); pemErr != nil {
+				errs = append(errs, fmt.Errorf("%s: %w", keyName, pemErr))
+			}
 		}
-		public, err := jwt.ParsePublicKeyPEM(pemBytes(pem))
-		if err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", keyName, err))
+		if kid != "" {
+			if kidErr = jwt.CheckKeyID(kid); kidErr != nil {
+				errs = append(errs, fmt.Errorf("%s: %w", kidName, kidErr))
+			}
 		}
-		if err != nil || kid == "" {
+		if pem == "" || kid == "" || pemErr != nil || kidErr != nil {
 			return jwt.Key{}, false
 		}
 		key := jwt.Key{ID: kid, Public: public}
-		if _, err := jwt.NewKeySet(key); err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", kidName, err))
-			return jwt.Key{}, false
-		}
 		if _, taken := ring.Roles[kid]; taken {
 			errs = append(errs, fmt.Errorf("%s: names another key already", kidName))
 			return jwt.Key{}, false

@@ -59,7 +59,7 @@ func containsEmail(password, email string) bool {
 // PASSWORD_BLOCKLIST_FILE.
 func isCommon(password string) bool {
 	lower := strings.ToLower(password)
-	if isRepetition(lower) || isSequence(lower) {
+	if isRepetition(lower) || isSequence(lower) || isSequence(collapsed(lower)) {
 		return true
 	}
 	for _, form := range unswapped(lower) {
@@ -84,7 +84,7 @@ func unswapped(lower string) []string {
 	core := strings.TrimFunc(lower, func(r rune) bool { return r < 128 && (r < 'a' || r > 'z') })
 	tail := strings.TrimRightFunc(lower, func(r rune) bool { return '0' <= r && r <= '9' || strings.ContainsRune("!?.*#-_ ", r) })
 	forms := []string{lower, core}
-	for _, swap := range []*strings.Replacer{swapsL, swapsI} {
+	for _, swap := range []*strings.Replacer{swapsL, swapsI, swapsSign} {
 		forms = append(forms, swap.Replace(lower), swap.Replace(core), swap.Replace(tail))
 	}
 	return forms
@@ -94,6 +94,22 @@ var (
 	swapsL = strings.NewReplacer("@", "a", "4", "a", "8", "b", "(", "c", "3", "e", "6", "g", "9", "g", "1", "l", "|", "l", "0", "o", "$", "s", "5", "s", "7", "t", "+", "t", "2", "z", "!", "i")
 	swapsI = strings.NewReplacer("@", "a", "4", "a", "8", "b", "(", "c", "3", "e", "6", "g", "9", "g", "1", "i", "|", "i", "0", "o", "$", "s", "5", "s", "7", "t", "+", "t", "2", "z", "!", "i")
 )
+
+// swapsSign leaves ! a sign.
+var swapsSign = strings.NewReplacer("@", "a", "4", "a", "3", "e", "1", "i", "0", "o", "$", "s", "5", "s", "7", "t")
+
+// collapsed is s with neighbours that are alike made one: 112233 becomes 123.
+func collapsed(s string) string {
+	var b strings.Builder
+	last := rune(-1)
+	for _, r := range s {
+		if r != last {
+			b.WriteRune(r)
+		}
+		last = r
+	}
+	return b.String()
+}
 
 // isFrequent tells whether s is a frequent word, or one repeated.
 func isFrequent(s string) bool {

@@ -69,6 +69,8 @@ func TestPasswordPolicy(t *testing.T) {
 		{"Summer2024!!", "[common]"},
 		{"december2023!", "[common]"},
 		{"changeme1234", "[common]"},
+		{"112233445566", "[common]"},
+		{"Passw0rd!Passw0rd!", "[common]"},
 	} {
 		if got := fmt.Sprint(policy.check(row.password, email)); got != row.want {
 			t.Errorf("%.30q: got %s, want %s", row.password, got, row.want)

@@ -37,7 +37,7 @@ func NewKeySet(keys ...Key) (*KeySet, error) {
 		return nil, errors.New("a key set needs 1 to 64 RS256 keys")
 	}
 	for i, k := range keys {
-		if err := checkKeyID(k.ID); err != nil {
+		if err := CheckKeyID(k.ID); err != nil {
 			return nil, err
 		}
 		if err := checkPublicKey(k.Public); err != nil {
@@ -51,8 +51,8 @@ func NewKeySet(keys ...Key) (*KeySet, error) {
 	return &KeySet{slices.Clone(keys)}, nil
 }
 
-// checkKeyID refuses ids that logs, headers or metric labels could choke on.
-func checkKeyID(kid string) error {
+// CheckKeyID refuses ids that logs, headers or metric labels could choke on.
+func CheckKeyID(kid string) error {
 	odd := func(c rune) bool { return c < ' ' || c > '~' }
 	if kid == "" || len(kid) > maxKeyID || strings.ContainsFunc(kid, odd) {
 		return errors.New("a key id has 1 to 128 printable ASCII characters")

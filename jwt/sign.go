@@ -24,7 +24,7 @@ type Signer struct {
 // NewSigner returns a Signer whose tokens name kid as their key. The key must
 // not be modified afterwards.
 func NewSigner(kid string, key *rsa.PrivateKey) (*Signer, error) {
-	if err := checkKeyID(kid); err != nil {
+	if err := CheckKeyID(kid); err != nil {
 		return nil, err
 	}
 	if err := checkPrivateKey(key); err != nil {

@@ -147,7 +147,7 @@ func checkHeader(header []byte) (kid string, err error) {
 	}
 	// A kid that no set can contain must not make a RemoteKeySet fetch.
 	kid, _ = text(h["kid"])
-	if checkKeyID(kid) != nil {
+	if CheckKeyID(kid) != nil {
 		return "", invalidError("kid is missing or malformed")
 	}
 	if typ, _ := text(h["typ"]); typ != tokenType {

@@ -487,7 +487,7 @@ func FuzzVerify(f *testing.F) {
 		if c, err := v.VerifyAt(t.Context(), token, issued); err != nil && !errors.Is(err, ErrInvalid) {
 			t.Fatalf("%v is not ErrInvalid (%+v)", err, c)
 		}
-		if kid, err := checkHeader([]byte(header)); err == nil && checkKeyID(kid) != nil {
+		if kid, err := checkHeader([]byte(header)); err == nil && CheckKeyID(kid) != nil {
 			t.Fatalf("accepted kid %q", kid)
 		}
 		c, err := v.claims([]byte(payload), issued)

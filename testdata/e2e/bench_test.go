@@ -2,6 +2,9 @@ package e2e
 
 import (
 	"bytes"
+	"crypto"
+	"crypto/rsa"
+	"crypto/sha256"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -18,10 +21,6 @@ import (
 	"testing"
 	"time"
 
-	"crypto"
-	"crypto/rsa"
-	"crypto/sha256"
-
 	"golang.org/x/crypto/argon2"
 
 	"github.com/7d-solutions/identity-auth/db/dbtest"
@@ -37,70 +36,81 @@ const (
 	wantPairs = 5
 	maxPairs  = 15
 	limitTime = 2 * time.Second
-	loadTime  = 5 * time.Second
+	loadTime  = 4 * time.Second
 )
 
 // reading is what one load or one limit came to.
 type reading struct {
 	rate    float64 // successes a second
+	cpu     float64 // processor seconds a success, of the service or of the limit
 	p99     time.Duration
-	refused int
-	cpu     float64 // seconds of the process under load, a success
+	refused float64 // share of requests
 }
 
 // pairs measures limit, load, limit and reports the medians.
-func pairs(b *testing.B, name string, workers int, limit func() float64, load func() reading) {
-	var loads []reading
-	var limits []float64
+func pairs(b *testing.B, name string, workers int, limit, load func() reading) {
+	var loads, limits []reading
 	for tried := 0; len(loads) < wantPairs && tried < maxPairs; tried++ {
 		before := limit()
 		r := load()
 		after := limit()
-		if agree := math.Abs(before-after) <= 0.1*max(before, after); agree {
-			loads, limits = append(loads, r), append(limits, (before+after)/2)
-		} else {
-			b.Logf("pair %d does not count: limit %.1f/s before, %.1f/s after", tried, before, after)
+		if math.Abs(before.rate-after.rate) > 0.1*max(before.rate, after.rate) {
+			b.Logf("does not count: limit %.1f/s before, %s %.1f/s, limit %.1f/s after", before.rate, name, r.rate, after.rate)
+			continue
 		}
+		loads = append(loads, r)
+		limits = append(limits, reading{rate: (before.rate + after.rate) / 2, cpu: (before.cpu + after.cpu) / 2})
 	}
 	if len(loads) == 0 {
-		b.Fatal("no pair of readings agrees within 10 %: the machine is too busy")
+		b.Fatal("no two readings of the limit agree within 10 %: the machine is too busy")
 	}
-	mid := func(f func(i int) float64) float64 {
+	report := func(unit string, f func(load, limit reading) float64) {
 		values := make([]float64, len(loads))
 		for i := range values {
-			values[i] = f(i)
+			values[i] = f(loads[i], limits[i])
 		}
 		slices.Sort(values)
-		return values[len(values)/2]
+		b.ReportMetric(values[len(values)/2], unit)
 	}
-	cores := float64(runtime.GOMAXPROCS(0))
 	b.ReportMetric(0, "ns/op")
 	b.ReportMetric(float64(len(loads)), "pairs")
-	b.ReportMetric(mid(func(i int) float64 { return limits[i] }), "limit/s")
-	b.ReportMetric(mid(func(i int) float64 { return loads[i].rate }), name+"/s")
-	b.ReportMetric(mid(func(i int) float64 { return loads[i].rate / limits[i] }), "of-limit")
-	b.ReportMetric(mid(func(i int) float64 { return loads[i].p99.Seconds() * limits[i] / float64(workers) }), "p99/ideal")
-	b.ReportMetric(mid(func(i int) float64 { return loads[i].cpu * limits[i] / cores }), "CPU/limit-CPU")
-	b.ReportMetric(mid(func(i int) float64 {
-		return float64(loads[i].refused) / (float64(loads[i].refused) + loads[i].rate*loadTime.Seconds())
-	}), "refused")
+	report("limit/s", func(_, limit reading) float64 { return limit.rate })
+	report(name+"/s", func(load, _ reading) float64 { return load.rate })
+	report("of-limit", func(load, limit reading) float64 { return load.rate / limit.rate })
+	report("p99/ideal", func(load, limit reading) float64 { return load.p99.Seconds() * limit.rate / float64(workers) })
+	report("CPU/limit-CPU", func(load, limit reading) float64 { return load.cpu / limit.cpu })
+	report("refused", func(load, _ reading) float64 { return load.refused })
 }
 
 // limitRate runs f on every core for a while.
-func limitRate(f func()) float64 {
-	begun := time.Now()
-	var n []int = make([]int, runtime.GOMAXPROCS(0))
-	together(len(n), func(i int) {
+func limitRate(f func()) reading {
+	cpu := ownCPU()
+	var mu sync.Mutex
+	var r reading
+	n := 0
+	together(runtime.GOMAXPROCS(0), func(int) {
+		begun := time.Now()
+		mine := 0
 		for time.Since(begun) < limitTime {
 			f()
-			n[i]++
+			mine++
 		}
+		mu.Lock()
+		defer mu.Unlock()
+		r.rate += float64(mine) / time.Since(begun).Seconds()
+		n += mine
 	})
-	sum := 0
-	for _, n := range n {
-		sum += n
+	r.cpu = (ownCPU() - cpu) / float64(n)
+	return r
+}
+
+// ownCPU is the processor time of this process in seconds.
+func ownCPU() float64 {
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		panic(err)
 	}
-	return float64(sum) / time.Since(begun).Seconds()
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano()).Seconds()
 }
 
 // target is a service under load; the harness's service belongs to tests.
@@ -119,7 +129,7 @@ func newTarget(b *testing.B, more ...env) *target {
 	}
 	keys := keyPair()
 	port := strconv.Itoa(20000 + os.Getpid()%10000)
-	t := &target{b: b, base: "http://127.0.0.1:" + port, db: dbtest.New(b), client: &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 2000}}}
+	t := &target{b: b, base: "http://127.0.0.1:" + port, db: dbtest.Empty(b), client: &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 2000}}}
 	c := env{
 		"DATABASE_URL": t.db, "NATS_URL": natstest.New(b).URL(), "HOST": "127.0.0.1", "PORT": port,
 		"JWT_PRIVATE_KEY_PEM": keys.private, "JWT_PUBLIC_KEY_PEM": keys.public, "JWT_KID": "bench",
@@ -182,29 +192,35 @@ func (t *target) run(workers int, call func(worker int) (ok bool)) reading {
 	var mu sync.Mutex
 	var took []time.Duration
 	var r reading
-	cpu, begun := t.cpu(), time.Now()
+	cpu := t.cpu()
 	together(workers, func(worker int) {
+		begun := time.Now()
+		mine := 0
 		for time.Since(begun) < loadTime {
 			sent := time.Now()
 			ok := call(worker)
 			d := time.Since(sent)
-			mu.Lock()
-			if ok {
-				took = append(took, d)
-			} else {
-				r.refused++
-			}
-			mu.Unlock()
 			if !ok {
-				time.Sleep(100 * time.Millisecond) // Retry-After, shortened
+				mu.Lock()
+				r.refused++
+				mu.Unlock()
+				time.Sleep(time.Second) // what Retry-After says at least
+				continue
 			}
+			mine++
+			mu.Lock()
+			took = append(took, d)
+			mu.Unlock()
 		}
+		mu.Lock()
+		defer mu.Unlock()
+		r.rate += float64(mine) / time.Since(begun).Seconds()
 	})
 	if len(took) == 0 {
 		t.b.Fatal("no request succeeded")
 	}
 	slices.Sort(took)
-	r.rate = float64(len(took)) / time.Since(begun).Seconds()
+	r.refused /= r.refused + float64(len(took))
 	r.cpu = (t.cpu() - cpu) / float64(len(took))
 	r.p99 = took[len(took)*99/100]
 	return r
@@ -225,7 +241,7 @@ func (t *target) people(n int) []person {
 // BenchmarkLogin is logins beside bare argon2id of the same cost.
 func BenchmarkLogin(b *testing.B) {
 	salt := make([]byte, 16)
-	limit := func() float64 {
+	limit := func() reading {
 		return limitRate(func() { argon2.IDKey([]byte(password), salt, 3, 64<<10, 1, 32) })
 	}
 	for _, workers := range []int{8, 64} {
@@ -248,7 +264,7 @@ func BenchmarkLogin(b *testing.B) {
 // BenchmarkRefresh is refreshes beside bare RSA-2048 signatures.
 func BenchmarkRefresh(b *testing.B) {
 	key, digest := keyPair().key, sha256.Sum256([]byte("claims"))
-	limit := func() float64 {
+	limit := func() reading {
 		return limitRate(func() {
 			if _, err := rsa.SignPKCS1v15(nil, key, crypto.SHA256, digest[:]); err != nil {
 				b.Error(err)

@@ -772,7 +772,7 @@ func TestShutdown(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	// A hash that takes long enough to be met under way.
-	s := held(t, w.start(unlimited, env{"ARGON2_ITERATIONS": "10", "SHUTDOWN_DELAY": "1s", "HASH_ACQUIRE_TIMEOUT": "10s"}))
+	s := held(t, w.start(unlimited, env{"ARGON2_ITERATIONS": "10", "SHUTDOWN_DELAY": "3s", "HASH_ACQUIRE_TIMEOUT": "10s"}))
 	p := s.register()
 	idle, err := net.Dial("tcp", strings.TrimPrefix(s.base, "http://"))
 	if err != nil {

@@ -3,12 +3,14 @@ package e2e
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 	"unicode/utf16"
@@ -313,8 +315,11 @@ func emails(t *testing.T, s *service) {
 		{"an emoji", "🐎@example.com"},
 	} {
 		wantErrors(t, row.name, register(row.email), "email not_an_email")
-		// Login merely looks up: what no account can have is a wrong e-mail.
-		wantCode(t, row.name+": login", s.do("POST", loginPath, person{TenantID: tenant, Email: row.email}.loginBody(password)), 401, "invalid_credentials")
+	}
+	// Login merely looks up: what no account can have is a wrong e-mail.
+	for _, email := range []string{"", "someone", "someone@example.com\x00", "jürgen@example.com", strings.Repeat("a", 60000) + "@example.com"} {
+		a := s.do("POST", loginPath, person{TenantID: tenant, Email: email}.loginBody(password))
+		wantCode(t, fmt.Sprintf("login of %.30q", email), a, 401, "invalid_credentials")
 	}
 	for _, row := range []struct{ name, email, want string }{
 		{"short", "a@b.co", "a@b.co"},
@@ -703,4 +708,82 @@ func traceIDs(t *testing.T, s *service) {
 	if a, b := s.get("/health/live"), s.get("/health/live"); a.header.Get("X-Trace-Id") == b.header.Get("X-Trace-Id") {
 		t.Error("two requests have one fresh trace id")
 	}
+}
+
+// TestSlowClients: who is slow holds a connection, and not for long; others
+// notice nothing.
+func TestSlowClients(t *testing.T) {
+	t.Parallel()
+	s := held(t, newWorld(t).start(cheap, unlimited))
+	host := strings.TrimPrefix(s.base, "http://")
+	post := "POST " + refreshPath + " HTTP/1.1\r\nHost: " + host + "\r\nContent-Type: application/json\r\n"
+	var all sync.WaitGroup
+	for _, row := range []struct {
+		name, begin, drip string
+		status            int // 0: closed without an answer
+		limit             time.Duration
+	}{
+		{"nothing at all", "", "", 0, 5 * time.Second},
+		{"half a header", "GET /health/live HTTP/1.1\r\nHost: a\r\nX-Slow: ", "", 0, 5 * time.Second},
+		{"a header, byte by byte", "GET /health/live HTTP/1.1\r\nHost: a\r\nX-Slow: ", "x", 0, 5 * time.Second},
+		{"no body", post + "Content-Length: 28\r\n\r\n", "", 408, 10 * time.Second},
+		{"a body, byte by byte", post + "Content-Length: 2800\r\n\r\n", " ", 408, 10 * time.Second},
+		{"chunks, byte by byte", post + "Transfer-Encoding: chunked\r\n\r\n", "1\r\n \r\n", 408, 10 * time.Second},
+	} {
+		all.Go(func() {
+			conn, err := net.Dial("tcp", host)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer conn.Close()
+			begun := time.Now()
+			done := make(chan struct{})
+			defer close(done)
+			io.WriteString(conn, row.begin)
+			go func() {
+				for row.drip != "" {
+					select {
+					case <-done:
+						return
+					case <-time.After(500 * time.Millisecond):
+						io.WriteString(conn, row.drip)
+					}
+				}
+			}()
+			conn.SetReadDeadline(begun.Add(row.limit + 5*time.Second))
+			resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+			took := time.Since(begun)
+			var timeout net.Error
+			switch {
+			case errors.As(err, &timeout) && timeout.Timeout():
+				t.Errorf("%s: still open after %v, want it closed after %v", row.name, took, row.limit)
+			case took < row.limit-time.Second:
+				t.Errorf("%s: closed after %v, want it left %v", row.name, took, row.limit)
+			case err == nil && resp.StatusCode != row.status, err != nil && row.status != 0:
+				t.Errorf("%s: got answer %v, %v, want %d", row.name, resp, err, row.status)
+			}
+			if err == nil {
+				body, _ := io.ReadAll(resp.Body)
+				resp.Body.Close()
+				a := answer{resp.StatusCode, resp.Header, body}
+				for _, wrong := range append(wrongHeaders("POST", refreshPath, a), wrongProblem("POST", a)...) {
+					t.Errorf("%s: %s", row.name, wrong)
+				}
+			}
+		})
+	}
+	idle := make([]net.Conn, 500)
+	for i := range idle {
+		conn, err := net.Dial("tcp", host)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		idle[i] = conn
+		io.WriteString(conn, "POST "+loginPath+" HTTP/1.1\r\n")
+	}
+	s.login(s.register())
+	all.Wait()
+	s.login(s.register())
 }

@@ -56,6 +56,7 @@ func TestPasswords(t *testing.T) {
 		{"reset of a disabled account", passwordResetDisabled},
 		{"forgot", forgotPassword},
 		{"hostile headers", hostileHeaders},
+		{"forgot, beside an operator", forgotBesideOperator},
 	} {
 		t.Run(group.name, func(t *testing.T) { group.test(t, w, a, b) })
 	}
@@ -508,6 +509,40 @@ func hostileHeaders(t *testing.T, w *world, a, b *service) {
 	}
 }
 
+// forgotBesideOperator: who deletes an account, or forces a reset, while its
+// owner asks for one, makes nobody see an error.
+func forgotBesideOperator(t *testing.T, w *world, a, b *service) {
+	waiting := func(n int) {
+		t.Helper()
+		eventually(t, fmt.Sprintf("%d transactions wait for the account", n), 20*time.Second, func() bool {
+			return dbtest.Value[int](t, w.db, `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`) == n
+		})
+	}
+	for _, action := range []string{"delete", "force-reset"} {
+		p := a.register()
+		release := hold(t, w, `SELECT FROM accounts WHERE user_id = $1 FOR UPDATE`, p.UserID)
+		var both sync.WaitGroup
+		var code int
+		var stderr string
+		both.Go(func() { code, _, stderr = w.command(t, nil, nil, "user", action, p.TenantID, p.UserID) })
+		waiting(1)
+		var out answer
+		var err error
+		both.Go(func() {
+			out, err = a.try("POST", forgotPath, toJSON(map[string]string{"tenant_id": p.TenantID, "email": p.Email}))
+		})
+		waiting(2)
+		release()
+		both.Wait()
+		if err != nil || out.status != 202 {
+			t.Errorf("forgot-password beside %s: got %d %s, %v; want 202", action, out.status, out.body, err)
+		}
+		if code != 0 {
+			t.Errorf("%s beside forgot-password: got exit code %d, %s; want 0", action, code, stderr)
+		}
+	}
+}
+
 func TestResetTurnedOff(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -534,7 +569,7 @@ func TestResetTurnedOff(t *testing.T) {
 // TestForgotTakesOneTime measures forgot-password from many clients at once.
 // It runs beside no other test of this package.
 func TestForgotTakesOneTime(t *testing.T) {
-	const calls, clients = 200, 10
+	const calls, clients = 200, 20
 	w := newWorld(t)
 	s := w.startPlain(cheap, unlimited, env{"FORGOT_PER_HOUR_PER_EMAIL": "1"})
 	tenant := newUUID()
@@ -609,25 +644,34 @@ func TestForgotTakesOneTime(t *testing.T) {
 	t.Errorf("mean times differ by 3 %% or more:%s", report)
 }
 
-// spellings are the ways in which a secret could stand in some bytes: as it
-// is, its bytes, hexadecimal, and base64 at any place of a longer text.
+// spellingsOf are the ways in which a token could stand in some bytes: its
+// text, its secret bytes, and either in hexadecimal or in base64 at any place
+// of a longer text. Halves are looked for too.
 func spellingsOf(t *testing.T, token string) map[string][]byte {
 	t.Helper()
 	_, body, ok := strings.Cut(token, "_")
-	b, err := base64.RawURLEncoding.DecodeString(body)
-	if !ok || err != nil || len(b) < 32 {
+	secret, err := base64.RawURLEncoding.DecodeString(body)
+	if !ok || err != nil || len(secret) < 32 {
 		t.Fatalf("a token of another form than this test believes: %v", err)
 	}
-	secret := b[:32]
-	all := map[string][]byte{"the token": []byte(token), "its body": []byte(body)}
-	for name, part := range map[string][]byte{"secret": secret, "first half": secret[:16], "second half": secret[16:]} {
+	all := map[string][]byte{}
+	for name, part := range map[string][]byte{
+		"first half of the text": []byte(body[:len(body)/2]), "second half of the text": []byte(body[len(body)/2:]),
+		"first half of the secret": secret[:16], "second half of the secret": secret[16:32],
+	} {
 		all[name] = part
 		all[name+" in hex"] = []byte(hex.EncodeToString(part))
 		all[name+" in capital hex"] = []byte(strings.ToUpper(hex.EncodeToString(part)))
-		for shift := range 3 { // bytes before it in a group of three
+		for before := range 3 { // bytes in front, of a group of three
 			for kind, enc := range map[string]*base64.Encoding{"base64": base64.RawStdEncoding, "base64url": base64.RawURLEncoding} {
-				text := enc.EncodeToString(append(make([]byte, shift), part...))
-				all[fmt.Sprintf("%s in %s after %d bytes", name, kind, shift)] = []byte(text[shift+1 : len(text)-2])
+				text := enc.EncodeToString(append(make([]byte, before), part...))
+				if before > 0 {
+					text = text[before+1:] // these characters depend on what is in front
+				}
+				if (before+len(part))%3 > 0 {
+					text = text[:len(text)-1] // this one on what comes after
+				}
+				all[fmt.Sprintf("%s in %s after %d bytes", name, kind, before)] = []byte(text)
 			}
 		}
 	}
