@@ -98,7 +98,9 @@ type world struct {
 
 func newWorld(t *testing.T) *world {
 	t.Helper()
-	return &world{t: t, db: dbtest.New(t), nats: natstest.New(t)}
+	w := &world{t: t, db: dbtest.New(t), nats: natstest.New(t)}
+	t.Cleanup(func() { w.checkEvents() }) // after the services have stopped and flushed
+	return w
 }
 
 // unlimited turns the limits off that a test of something else would meet.

@@ -68,7 +68,7 @@ func TestImportedHashes(t *testing.T) {
 	t.Parallel()
 	const todays = `^\$argon2id\$v=19\$m=19456,t=2,p=1\$[A-Za-z0-9+/]{22}\$[A-Za-z0-9+/]{43}$`
 	w := newWorld(t)
-	s := held(t, w.start(cheap, unlimited))
+	s := held(t, w.startPlain(cheap, unlimited))
 	own := s.register()
 	ownHash := dbtest.Value[string](t, w.db, storedHash, own.TenantID, own.UserID)
 

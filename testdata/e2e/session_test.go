@@ -631,13 +631,19 @@ func (c *contest) refresh(token string, n int, chain bool) {
 		c.clients.Go(func() {
 			answered := sync.OnceFunc(c.going.Done)
 			defer answered()
+			unanswered := 0
 			for current, step := token, i; ; step++ {
 				try := attempt{begun: time.Now()}
 				a, err := c.replicas[step%len(c.replicas)].try("POST", refreshPath, toJSON(map[string]string{"refresh_token": current}))
 				try.ended = time.Now()
 				if err != nil {
-					c.t.Errorf("refresh: %v", err)
-					return
+					// A connection that was opened and not used for 5 seconds is
+					// closed, maybe at this moment.
+					if unanswered++; chain || unanswered > 2 {
+						c.t.Errorf("refresh: %v", err)
+						return
+					}
+					continue
 				}
 				try.status = a.status
 				if a.status == 200 {
@@ -687,20 +693,20 @@ func TestRevocationIsFinal(t *testing.T) {
 		// the one whose first token it is given.
 		prepare func(p *person, round int) func(token string) answer
 	}{
-		{"logout", 20, 204, func(*person, int) func(string) answer {
+		{"logout", 22, 204, func(*person, int) func(string) answer {
 			return func(token string) answer { return second.logout(token) }
 		}},
-		{"logout-all", 20, 204, func(p *person, _ int) func(string) answer {
+		{"logout-all", 22, 204, func(p *person, _ int) func(string) answer {
 			tok := first.login(*p)
 			return func(string) answer { return third.do("POST", logoutAllPath, nil, bearer(tok.AccessToken)...) }
 		}},
-		{"password change", 15, 200, func(p *person, _ int) func(string) answer {
+		{"password change", 10, 200, func(p *person, _ int) func(string) answer {
 			tok, old := first.login(*p), p.Password
 			p.Password = "changed to " + newUUID()
 			body := toJSON(map[string]string{"current_password": old, "new_password": p.Password})
 			return func(string) answer { return second.do("POST", passwordPath, body, bearer(tok.AccessToken)...) }
 		}},
-		{"reset", 15, 204, func(p *person, _ int) func(string) answer {
+		{"reset", 10, 204, func(p *person, _ int) func(string) answer {
 			n := len(secretsOf(t, w, *p))
 			first.post(forgotPath, map[string]string{"tenant_id": p.TenantID, "email": p.Email})
 			token := resetTokens(t, w, *p, n+1)[n]
@@ -709,7 +715,7 @@ func TestRevocationIsFinal(t *testing.T) {
 				return third.post(resetPath, map[string]string{"token": token, "new_password": p.Password})
 			}
 		}},
-		{"admin", 15, 200, func(p *person, round int) func(string) answer {
+		{"admin", 21, 200, func(p *person, round int) func(string) answer {
 			action := "revoke-sessions"
 			if round%3 == 0 {
 				action = "disable" // and enabled again after the round
@@ -780,6 +786,11 @@ func TestRevocationIsFinal(t *testing.T) {
 				admin.do("POST", adminPath(p, "enable"), nil, bearer(adminToken)...)
 			}
 		})
+	}
+	for _, s := range replicas {
+		if got := len(s.logged("http.panic")); got != 0 {
+			t.Errorf("http.panic lines: got %d, want 0", got)
+		}
 	}
 	t.Logf("%d answers of 200 to refreshes that were committed before the revocation arrived after its answer", late.Load())
 }
