@@ -41,9 +41,9 @@ func (s *Server) act(ctx context.Context, c caller, action string, in accountReq
 	case "get":
 		a, err = s.store.GetAccount(ctx, ref)
 	case "disable":
-		a, err = s.store.Disable(ctx, ref, c.origin)
+		a, err = s.store.SetDisabled(ctx, ref, true, c.origin)
 	case "enable":
-		a, err = s.store.Enable(ctx, ref, c.origin)
+		a, err = s.store.SetDisabled(ctx, ref, false, c.origin)
 	case "unlock":
 		a, err = s.store.Unlock(ctx, ref, c.origin)
 	case "revoke-sessions":
@@ -60,7 +60,11 @@ func (s *Server) act(ctx context.Context, c caller, action string, in accountReq
 		}
 		a, err = s.store.SetClaims(ctx, ref, in.Claims, c.origin)
 	case "force-reset":
-		a, err = s.forceReset(ctx, ref, c.origin)
+		if s.cfg.PasswordResetTTL == 0 { // the account could never come back
+			return nil, invalidFields(fieldError{"action", "password_reset_is_off"})
+		}
+		token := newResetToken()
+		a, err = s.store.ForceReset(ctx, ref, token.hash(), s.sealFor(ref.Tenant, token), c.origin)
 	case "delete":
 		a, err = s.store.Delete(ctx, ref, c.origin)
 	case "export":
@@ -85,22 +89,8 @@ func checkClaims(claims json.RawMessage) string {
 	return ""
 }
 
-// forceReset needs the mail: with resets turned off the account could never
-// come back.
-func (s *Server) forceReset(ctx context.Context, ref db.AccountRef, origin db.Origin) (db.AccountInfo, error) {
-	if s.cfg.PasswordResetTTL == 0 {
-		return db.AccountInfo{}, invalidFields(fieldError{"action", "password_reset_is_off"})
-	}
-	a, err := s.store.GetAccount(ctx, ref) // for the e-mail that goes into the sealed secret
-	if err != nil {
-		return a, err
-	}
-	token := newResetToken()
-	return s.store.ForceReset(ctx, ref, token.hash(), s.sealFor(a.TenantID, a.Email, token), origin)
-}
-
-// accountRequest names an account in the path and, for the actions that take
-// one, a value in the body.
+// accountRequest names an account in the path and, for the two actions that
+// take one, a value in the body.
 type accountRequest struct {
 	Tenant, User, Email string
 	Claims              json.RawMessage

@@ -88,9 +88,13 @@ func New(cfg Config, store *db.Store, schemaReady *atomic.Bool, build Build, log
 	}
 	s.openAPIETag, s.metadataETag = etagOf(openAPI), etagOf(s.metadata)
 	s.routes = s.routeTable()
-	s.metrics = newMetrics(build, store.Stats, s.routes)
+	measured := s.routes
+	if cfg.AdminAddr != "" {
+		measured = append(slices.Clone(measured), s.adminRoutes()...)
+	}
+	s.metrics = newMetrics(build, store.Stats, measured)
 	s.hasher = newHasher(cfg.Argon2, cfg.MaxConcurrentHashes, cfg.HashAcquireTimeout, s.metrics)
-	s.turns = newTurns(cfg.LockoutThreshold, s.hasher)
+	s.turns = newTurns(min(cfg.LockoutThreshold, 2*cfg.MaxConcurrentHashes), s.hasher)
 	s.setLive(cfg)
 	return s
 }
@@ -148,6 +152,9 @@ func (s *Server) Reload(cfg Config, also func() error) error {
 	if (cfg.TLSCertificate == nil) != (s.cfg.TLSCertificate == nil) {
 		return errors.New("TLS_CERT_FILE, TLS_KEY_FILE: turning TLS on or off needs a restart")
 	}
+	if (cfg.AdminToken.Reveal() == "") != (s.cfg.AdminToken.Reveal() == "") {
+		return errors.New("ADMIN_TOKEN: turning the admin API on or off needs a restart")
+	}
 	if err := also(); err != nil {
 		return err
 	}
@@ -196,10 +203,10 @@ func (s *Server) metricsRoute() route {
 }
 
 // Handler is what PORT serves.
-func (s *Server) Handler() http.Handler { return s.wrap(s.mux(s.routes)) }
+func (s *Server) Handler() http.Handler { return s.wrap(s.mux(s.routes), s.cfg.CORSOrigins) }
 
 // AdminHandler is what ADMIN_ADDR serves.
-func (s *Server) AdminHandler() http.Handler { return s.wrap(s.mux(s.adminRoutes())) }
+func (s *Server) AdminHandler() http.Handler { return s.wrap(s.mux(s.adminRoutes()), nil) }
 
 // mux registers the table. A path without the method asked for is 405 with
 // what it allows; everything else is 404.
@@ -232,7 +239,7 @@ func (s *Server) mux(routes []route) *http.ServeMux {
 func (s *Server) Run(ctx context.Context, events EventBus) error {
 	var loops sync.WaitGroup
 	loops.Go(func() { s.watchDependencies(ctx, events) })
-	loops.Go(func() { s.hasher.freeWhenIdle(ctx) })
+	loops.Go(func() { s.hasher.Run(ctx) })
 	loops.Go(func() { s.keepHouse(ctx) })
 	loops.Wait()
 	return nil
@@ -251,10 +258,11 @@ func (s *Server) keepHouse(ctx context.Context) {
 		case <-tick.C:
 		}
 		s.sampler.report()
-		if pending, oldest, err := s.store.OutboxBacklog(ctx); err == nil {
+		pending, oldest, err := s.store.OutboxBacklog(ctx)
+		if err == nil {
 			s.metrics.backlog(pending, oldest)
 		}
-		if err := s.store.Prune(ctx); err != nil && ctx.Err() == nil {
+		if err := errors.Join(err, s.store.Prune(ctx)); err != nil && ctx.Err() == nil {
 			s.sampler.line(ctx, slog.LevelWarn, logPruneFailed, "", slog.String("err", err.Error()))
 		}
 	}

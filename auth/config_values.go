@@ -113,8 +113,8 @@ func trustedProxies(c *Config, v string) error {
 		if addr, aerr := netip.ParseAddr(s); aerr == nil {
 			prefix, err = netip.PrefixFrom(addr, addr.BitLen()), nil
 		}
-		if err != nil {
-			return errors.New("must be comma-separated CIDRs")
+		if err != nil || prefix.Addr().Is4In6() { // peers are compared as IPv4
+			return errors.New("must be comma-separated CIDRs, IPv4 ones in IPv4 form")
 		}
 		c.TrustedProxies = append(c.TrustedProxies, prefix.Masked())
 	}
@@ -140,7 +140,7 @@ func (c *Config) resolve() []error {
 	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
 
 	keys, keyErrs := newKeyRing(c.pems)
-	c.Keys = keys
+	c.Keys, c.pems = keys, nil
 	errs = append(errs, keyErrs...)
 
 	if (c.TLSCertFile == "") != (c.TLSKeyFile == "") {

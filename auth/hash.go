@@ -60,16 +60,18 @@ func (h *hasher) expectedWait(n int64) time.Duration {
 // place is one request's place in the queue.
 type place struct {
 	h    *hasher
+	rank int64 // places taken when this one was, itself included
 	left sync.Once
 }
 
 // queue takes a place, or refuses at once with errHashBusy.
 func (h *hasher) queue() (*place, error) {
-	if wait := h.expectedWait(h.places.Add(1)); wait > h.maxWait {
+	rank := h.places.Add(1)
+	if wait := h.expectedWait(rank); wait > h.maxWait {
 		h.places.Add(-1)
 		return nil, &failure{problem: errHashBusy, retryAfter: wait - h.maxWait}
 	}
-	return &place{h: h}, nil
+	return &place{h: h, rank: rank}, nil
 }
 
 // leave gives the place up; it may be called more than once.
@@ -85,12 +87,10 @@ func (p *place) run(ctx context.Context, work func(waited time.Duration)) error 
 	select {
 	case p.h.slots <- struct{}{}:
 	case <-timeout.C:
+		p.h.slower(p.rank)
 		return errHashBusy
 	case <-ctx.Done():
-		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-			return errHashBusy
-		}
-		return ctx.Err()
+		return waitEnded(ctx)
 	}
 	defer func() {
 		<-p.h.slots
@@ -98,6 +98,22 @@ func (p *place) run(ctx context.Context, work func(waited time.Duration)) error 
 	}()
 	work(time.Since(begun))
 	return nil
+}
+
+// waitEnded tells a wait that took too long from a client that went away.
+func waitEnded(ctx context.Context) error {
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		return errHashBusy
+	}
+	return ctx.Err()
+}
+
+// slower learns from a place that was refused after maxWait: as many rounds of
+// hashes as were before it take at least that long.
+func (h *hasher) slower(rank int64) {
+	if rounds := (rank - 1) / int64(cap(h.slots)); rounds > 0 {
+		h.perHash.Store(max(h.perHash.Load(), int64(h.maxWait)/rounds))
+	}
 }
 
 // compute computes one hash in the slot that the caller holds, and frees its
@@ -110,7 +126,9 @@ func (h *hasher) compute(waited time.Duration, hash func()) {
 	begun := time.Now()
 	hash()
 	took := time.Since(begun)
-	h.perHash.Store((7*h.perHash.Load() + int64(took)) / 8) // a lost update does no harm
+	// A lost update does no harm; one slow imported hash is not everybody's pace.
+	pace := h.perHash.Load()
+	h.perHash.Store((3*pace + min(int64(took), 4*pace)) / 4)
 	h.metrics.hashWait.Observe(waited.Seconds())
 	h.metrics.hashDuration.Observe(took.Seconds())
 }
@@ -163,8 +181,17 @@ func (a Argon2Params) dummy(password string) bool {
 	return false
 }
 
-// freeWhenIdle gives memory back to the system once hashing has paused.
-func (h *hasher) freeWhenIdle(ctx context.Context) {
+// Run learns what a hash costs here, before a first flood has to, and then
+// gives memory back to the system whenever hashing has paused.
+func (h *hasher) Run(ctx context.Context) {
+	if p, err := h.queue(); err == nil {
+		p.run(ctx, func(time.Duration) {
+			begun := time.Now()
+			h.params.dummy("")
+			h.perHash.Store(int64(time.Since(begun)))
+		})
+	}
+	debug.FreeOSMemory()
 	tick := time.NewTicker(5 * time.Second)
 	defer tick.Stop()
 	for {
@@ -232,7 +259,7 @@ func (t *turns) enter(ctx context.Context, key string) (leave func(), err error)
 		return func() { <-k.inside; done() }, nil
 	case <-ctx.Done():
 		done()
-		return nil, errHashBusy
+		return nil, waitEnded(ctx)
 	}
 }
 

@@ -36,7 +36,7 @@ const (
 	saltBytes = 16 // RFC 9106 3.1
 	hashBytes = 32
 
-	maxArgonIterations  = 64
+	maxArgonWork        = 8 // times memory x iterations of today
 	maxBcryptCost       = 14
 	maxPBKDF2Iterations = 5_000_000
 	maxScryptWork       = 1 << 23 // N x r x p
@@ -67,9 +67,9 @@ func derived(want []byte, derive func(password []byte) ([]byte, error)) storedHa
 func parseHash(s string, today Argon2Params) (storedHash, error) {
 	maxKiB := 4 * uint64(today.MemoryKiB)
 	switch {
-	case len(s) > 512:
+	case len(s) > 512, strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r > '~' }):
 	case strings.HasPrefix(s, "$argon2id$"), strings.HasPrefix(s, "$argon2i$"):
-		return parseArgon2(s, maxKiB)
+		return parseArgon2(s, maxKiB, today)
 	case strings.HasPrefix(s, "$2a$"), strings.HasPrefix(s, "$2b$"), strings.HasPrefix(s, "$2y$"):
 		return parseBcrypt(s)
 	case strings.HasPrefix(s, "$scrypt$"), strings.HasPrefix(s, "scrypt:"):
@@ -87,7 +87,7 @@ func formatPHC(algorithm string, a Argon2Params, salt, key []byte) string {
 }
 
 // parseArgon2 accepts exactly what formatPHC writes.
-func parseArgon2(s string, maxKiB uint64) (storedHash, error) {
+func parseArgon2(s string, maxKiB uint64, today Argon2Params) (storedHash, error) {
 	parts := strings.Split(s, "$")
 	if len(parts) != 6 {
 		return storedHash{}, errHashForm
@@ -97,7 +97,7 @@ func parseArgon2(s string, maxKiB uint64) (storedHash, error) {
 	if !ok || !bytesOK {
 		return storedHash{}, errHashForm
 	}
-	if n[0] > maxKiB || n[1] > maxArgonIterations || n[2] > 255 {
+	if n[0] > maxKiB || n[0]*n[1] > maxArgonWork*uint64(today.MemoryKiB)*uint64(today.Iterations) || n[2] > 255 {
 		return storedHash{}, errHashCost
 	}
 	a := Argon2Params{uint32(n[0]), uint32(n[1]), uint32(n[2])}
@@ -126,7 +126,9 @@ func parseBcrypt(s string) (storedHash, error) {
 		return storedHash{}, errHashCost
 	}
 	return storedHash{matches: func(password string) bool {
-		return bcrypt.CompareHashAndPassword([]byte(s), []byte(password)) == nil
+		// bcrypt cuts at 72 bytes and ends at NUL: then another password would
+		// match, and be kept from then on.
+		return len(password) <= 72 && !strings.Contains(password, "\x00") && bcrypt.CompareHashAndPassword([]byte(s), []byte(password)) == nil
 	}}, nil
 }
 

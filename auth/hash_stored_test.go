@@ -4,6 +4,8 @@ import (
 	"errors"
 	"strings"
 	"testing"
+
+	"golang.org/x/crypto/bcrypt"
 )
 
 var today = Argon2Params{MemoryKiB: 65536, Iterations: 3, Parallelism: 1}
@@ -56,6 +58,7 @@ func TestHashesRefused(t *testing.T) {
 	}{
 		{"", errHashForm},
 		{"plain", errHashForm},
+		{"pbkdf2_sha256$1000$ab\x00cd$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=", errHashForm},
 		{"$1$salt$hash", errHashForm},
 		{ok[:len(ok)-1], errHashForm},
 		{ok + "$", errHashForm},
@@ -66,7 +69,7 @@ func TestHashesRefused(t *testing.T) {
 		{strings.Replace(ok, "RPPc", "RPPd", 1), errHashForm}, // stray bits
 		{strings.Replace(ok, "argon2id", "argon2d", 1), errHashForm},
 		{strings.Replace(ok, "m=65536", "m=262145", 1), errHashCost},
-		{strings.Replace(ok, "t=2", "t=65", 1), errHashCost},
+		{strings.Replace(ok, "t=2", "t=25", 1), errHashCost},
 		{strings.Replace(ok, "p=1", "p=256", 1), errHashCost},
 		{"$2a$15$CCCCCCCCCCCCCCCCCCCCC.E5YPO9kmyuRGyh0XouQYb4YMJKvyOeW", errHashCost},
 		{"$2a$05$CCCC", errHashForm},
@@ -100,4 +103,20 @@ func FuzzParseHash(f *testing.F) {
 			t.Fatalf("%q: %v", s, h.params)
 		}
 	})
+}
+
+// bcrypt sees 72 bytes and no NUL: another password must not match by that.
+func TestBcryptIsNotCutShort(t *testing.T) {
+	long := strings.Repeat("a", 72)
+	hash, err := bcrypt.GenerateFromPassword([]byte(long), 4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h, err := parseHash(string(hash), today)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !h.matches(long) || h.matches(long+"junk") || h.matches(long[:71]+"\x00") {
+		t.Error("a password matches that is not the one")
+	}
 }

@@ -225,7 +225,7 @@ func (s *Server) finish(ctx context.Context, event string, c caller, err error) 
 	if counter := s.metrics.results[event]; counter != nil {
 		counter.WithLabelValues(c.rec.result).Inc()
 	}
-	if err == nil { // never sampled: each tells of a change
+	if err == nil && c.rec.user != (db.UserID{}) { // never sampled: someone known did it
 		s.log.LogAttrs(ctx, level, event, c.rec.attrs(c.origin)...)
 		return
 	}
@@ -297,12 +297,9 @@ func (w *statusWriter) Write(b []byte) (int, error) {
 	return w.ResponseWriter.Write(b)
 }
 
-// Unwrap lets http.MaxBytesReader reach the connection.
-func (w *statusWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
-
 // wrap is everything around the route table: one deadline, the trace id, the
 // headers of every answer, one histogram, and a panic that ends one request.
-func (s *Server) wrap(mux *http.ServeMux) http.Handler {
+func (s *Server) wrap(mux *http.ServeMux, origins []string) http.Handler {
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		begun := time.Now()
 		w := &statusWriter{ResponseWriter: rw}
@@ -321,7 +318,7 @@ func (s *Server) wrap(mux *http.ServeMux) http.Handler {
 			}
 			s.metrics.request(methodLabel(r.Method), routeLabel(r.Pattern), strconv.Itoa(w.status), time.Since(begun))
 		}()
-		if s.answerCORS(w, r) {
+		if answerCORS(w, r, origins) {
 			return
 		}
 		// net/http would redirect what path.Clean changes; we have no such path.
@@ -355,14 +352,14 @@ func setHeaders(h http.Header, trace string) {
 }
 
 // answerCORS adds the headers for a listed origin and answers its preflights.
-func (s *Server) answerCORS(w http.ResponseWriter, r *http.Request) (answered bool) {
-	if len(s.cfg.CORSOrigins) == 0 {
+func answerCORS(w http.ResponseWriter, r *http.Request, origins []string) (answered bool) {
+	if len(origins) == 0 {
 		return false
 	}
 	origin := r.Header.Get("Origin")
 	h := w.Header()
 	h.Add("Vary", "Origin") // also without one: a cache may keep the answer for who has one
-	if !slices.Contains(s.cfg.CORSOrigins, origin) {
+	if !slices.Contains(origins, origin) {
 		return false
 	}
 	h.Set("Access-Control-Allow-Origin", origin)

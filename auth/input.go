@@ -14,7 +14,13 @@ import (
 // is not printable (controls, line separators, bidirectional overrides,
 // invalid UTF-8) replaced by U+FFFD, so that it cannot forge or hide a line.
 func clientText(s string, limit int) string {
-	s = s[:min(len(s), limit)]
+	if len(s) > limit {
+		cut := limit
+		for cut > 0 && !utf8.RuneStart(s[cut]) {
+			cut--
+		}
+		s = s[:cut]
+	}
 	s = strings.Map(func(r rune) rune {
 		if !unicode.IsPrint(r) {
 			return utf8.RuneError
@@ -54,7 +60,11 @@ func clientAddr(peer netip.Addr, forwarded []string, trusted []netip.Prefix) (ad
 	entries := strings.Split(strings.Join(forwarded, ","), ",")
 	addr = peer
 	for i := len(entries) - 1; i >= 0 && isTrusted(addr); i-- {
-		next, err := netip.ParseAddr(strings.TrimSpace(entries[i]))
+		entry := strings.TrimSpace(entries[i])
+		next, err := netip.ParseAddr(entry)
+		if ap, perr := netip.ParseAddrPort(entry); perr == nil { // some proxies add the port
+			next, err = ap.Addr(), nil
+		}
 		if err != nil {
 			break
 		}

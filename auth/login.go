@@ -59,6 +59,18 @@ type passwordCheck struct {
 // complete, in whose transaction the guess is settled. fresh is the hash to
 // store, as verify returns it.
 func (s *Server) checkPassword(ctx context.Context, c caller, check passwordCheck, complete func(ctx context.Context, guess *db.Guess, fresh string) (db.LoginOutcome, error)) error {
+	begun := time.Now()
+	patience, cancel := context.WithTimeout(ctx, longestTurn)
+	defer cancel()
+	leave, err := s.turns.enter(patience, check.tenant.String()+check.sent)
+	if err != nil {
+		return err
+	}
+	defer leave()
+	if time.Since(begun) > time.Second && !s.health.db.Load() {
+		return db.ErrUnavailable // who has waited hears of an outage at once, not after another wait
+	}
+
 	// The token of LOGIN_FAILURES_PER_HOUR_PER_IP is taken before the check and
 	// given back unless the password was wrong: parallel guesses cannot slip by.
 	if ok, wait := s.ipFailures.take(c.addr); !ok {
@@ -70,18 +82,12 @@ func (s *Server) checkPassword(ctx context.Context, c caller, check passwordChec
 			s.ipFailures.giveBack(c.addr)
 		}
 	}()
-
-	leave, err := s.turns.enter(ctx, check.tenant.String()+check.sent)
-	if err != nil {
-		return err
-	}
-	defer leave()
 	place, err := s.hasher.queue()
 	if err != nil {
 		return err
 	}
 	defer place.leave()
-	guess, err := s.reserveGuess(ctx, c, check)
+	guess, err := s.reserveGuess(ctx, patience, c, check)
 	if err != nil {
 		return err
 	}
@@ -121,9 +127,8 @@ func (s *Server) checkPassword(ctx context.Context, c caller, check passwordChec
 }
 
 // reserveGuess asks for the right to check one password. While other guesses
-// under way could reach the threshold it waits for them, within the request's
-// deadline.
-func (s *Server) reserveGuess(ctx context.Context, c caller, check passwordCheck) (*db.Guess, error) {
+// under way could reach the threshold it waits for them, while patience lasts.
+func (s *Server) reserveGuess(ctx, patience context.Context, c caller, check passwordCheck) (*db.Guess, error) {
 	for spend := check.spend; ; spend = false {
 		r, err := s.store.ReserveGuess(ctx, check.tenant, check.email, check.sent, spend, c.origin)
 		if err != nil {
@@ -146,9 +151,9 @@ func (s *Server) reserveGuess(ctx context.Context, c caller, check passwordCheck
 		again := time.NewTimer(30*time.Millisecond + rand.N(40*time.Millisecond))
 		select {
 		case <-again.C:
-		case <-ctx.Done():
+		case <-patience.Done():
 			again.Stop()
-			return nil, errHashBusy
+			return nil, waitEnded(patience)
 		}
 	}
 }

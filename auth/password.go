@@ -75,7 +75,7 @@ func (s *Server) forgotPassword(ctx context.Context, c caller, in forgotRequest)
 	}
 	if within {
 		token := newResetToken()
-		if _, err := s.store.RequestReset(ctx, tenant, email, token.hash(), s.sealFor(tenant, email.String(), token), c.origin); err != nil {
+		if _, err := s.store.RequestReset(ctx, tenant, email, token.hash(), s.sealFor(tenant, token), c.origin); err != nil {
 			return nothing{}, err
 		}
 	}

@@ -272,6 +272,14 @@ func lowerASCII(b []byte) {
 	}
 }
 
+// Bytes is the memory of the list.
+func (b *Blocklist) Bytes() int64 {
+	if b == nil {
+		return 0
+	}
+	return int64(8 * cap(b.hashes))
+}
+
 func (b *Blocklist) contains(password string) bool {
 	if b == nil {
 		return false

@@ -75,10 +75,9 @@ func sealAccount(tenant db.TenantID, user db.UserID) []byte {
 	return []byte(tenant.String() + user.String())
 }
 
-// sealFor seals the token for the account under the current key, once the
-// account and the time of expiry are known.
-func (s *Server) sealFor(tenant db.TenantID, email string, token resetToken) db.SealFunc {
-	return func(user db.UserID, expires string) (json.RawMessage, error) {
+// sealFor seals the token for an account of the tenant under the current key.
+func (s *Server) sealFor(tenant db.TenantID, token resetToken) db.SealFunc {
+	return func(user db.UserID, email, expires string) (json.RawMessage, error) {
 		l := s.live.Load()
 		kid := l.keys.Signer.KeyID()
 		plain, err := json.Marshal(resetSecret{user, email, token.String(), expires})

@@ -51,7 +51,7 @@ func TestSealedResetToken(t *testing.T) {
 	tenant, _ := db.ParseTenantID("11111111-1111-4111-8111-111111111111")
 	user, _ := db.ParseUserID("22222222-2222-4222-8222-222222222222")
 	token := newResetToken()
-	sealed, err := s.sealFor(tenant, "ada@example.com", token)(user, "2030-01-01T00:00:00.000000Z")
+	sealed, err := s.sealFor(tenant, token)(user, "ada@example.com", "2030-01-01T00:00:00.000000Z")
 	if err != nil {
 		t.Fatal(err)
 	}

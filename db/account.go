@@ -134,14 +134,14 @@ UPDATE guards
 	return err
 }
 
-// acceptPassword locks the account while its hash is still the one that was
-// verified. It returns the wrong guesses since the last good login, and the
+// acceptPassword locks the account while its hash and e-mail are still those
+// that were verified. It returns the wrong guesses since the last good login, and the
 // account's claims.
 func acceptPassword(ctx context.Context, tx pgx.Tx, g *Guess, newHash string) (failed int, claims json.RawMessage, err error) {
 	err = tx.QueryRow(ctx, `
 SELECT failed_logins, claims FROM accounts
- WHERE tenant_id = $1 AND user_id = $2 AND password_hash = $3 AND disabled_at IS NULL
-   FOR NO KEY UPDATE`, g.tenant, g.Account.User, g.Account.PasswordHash).Scan(&failed, &claims)
+ WHERE tenant_id = $1 AND user_id = $2 AND password_hash = $3 AND email = $4 AND disabled_at IS NULL
+   FOR NO KEY UPDATE`, g.tenant, g.Account.User, g.Account.PasswordHash, g.email.s).Scan(&failed, &claims)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return 0, nil, errChanged
 	}

@@ -80,28 +80,36 @@ SELECT tenant_id, user_id, email, created_at, password_changed_at, password_hash
 }
 
 // operate runs f in a transaction that holds the rows of the account, in the
-// package's order: its guard, if there is one, then the account.
+// package's order: its guard, made if there is none, then the account.
 func (s *Store) operate(ctx context.Context, ref AccountRef, f func(context.Context, pgx.Tx, AccountInfo, subject) error) (a AccountInfo, err error) {
 	err = s.tx(ctx, func(ctx context.Context, tx pgx.Tx) error {
-		before, err := readAccount(ctx, tx, ref)
+		found, err := readAccount(ctx, tx, ref)
 		if err != nil {
 			return err
 		}
-		if _, err := tx.Exec(ctx, `SELECT FROM guards WHERE key = $1 FOR UPDATE`, emailKey(scopeLogin, before.TenantID, before.Email)); err != nil {
+		_, err = tx.Exec(ctx, `
+INSERT INTO guards (key, outcome, window_start, window_count, ticket, touched_at) SELECT $1, 'held', t, 0, t, t FROM clock_timestamp() AS t
+    ON CONFLICT (key) DO UPDATE SET outcome = 'held'`, emailKey(scopeLogin, found.TenantID, found.Email))
+		if err != nil {
 			return err
 		}
 		// The e-mail is in the condition: the guard locked above is this account's.
-		tag, err := tx.Exec(ctx, `SELECT FROM accounts WHERE tenant_id = $1 AND user_id = $2 AND email = $3 FOR UPDATE`, before.TenantID, before.UserID, before.Email)
+		tag, err := tx.Exec(ctx, `SELECT FROM accounts WHERE tenant_id = $1 AND user_id = $2 AND email = $3 FOR UPDATE`, found.TenantID, found.UserID, found.Email)
 		if err != nil {
 			return err
 		}
 		if tag.RowsAffected() == 0 {
 			return ErrNoAccount // gone, or renamed at this moment
 		}
+		byID := AccountRef{Tenant: found.TenantID, User: found.UserID}
+		before, err := readAccount(ctx, tx, byID) // as the last holder of the lock left it
+		if err != nil {
+			return err
+		}
 		if err := f(ctx, tx, before, subject{before.TenantID, before.UserID}); err != nil {
 			return err
 		}
-		a, err = readAccount(ctx, tx, AccountRef{Tenant: before.TenantID, User: before.UserID})
+		a, err = readAccount(ctx, tx, byID)
 		if errors.Is(err, ErrNoAccount) { // f deleted it
 			a, err = before, nil
 		}
@@ -113,33 +121,26 @@ func (s *Store) operate(ctx context.Context, ref AccountRef, f func(context.Cont
 	return a, err
 }
 
-// Disable ends every session of the account and lets none begin. Disabling
-// again changes nothing.
-func (s *Store) Disable(ctx context.Context, ref AccountRef, origin Origin) (AccountInfo, error) {
+// SetDisabled ends every session of the account and lets none begin, or takes
+// that back; sessions stay ended. What is so already changes nothing.
+func (s *Store) SetDisabled(ctx context.Context, ref AccountRef, disabled bool, origin Origin) (AccountInfo, error) {
 	return s.operate(ctx, ref, func(ctx context.Context, tx pgx.Tx, a AccountInfo, about subject) error {
-		if a.DisabledAt != nil {
+		if disabled == (a.DisabledAt != nil) {
 			return nil
 		}
-		if _, err := tx.Exec(ctx, `UPDATE accounts SET disabled_at = clock_timestamp() WHERE tenant_id = $1 AND user_id = $2`, about.tenant, about.user); err != nil {
+		event := EventEnabled
+		if disabled {
+			event = EventDisabled
+		}
+		_, err := tx.Exec(ctx, `UPDATE accounts SET disabled_at = CASE WHEN $3 THEN clock_timestamp() END WHERE tenant_id = $1 AND user_id = $2`,
+			about.tenant, about.user, disabled)
+		if err != nil {
 			return err
 		}
-		if err := addEvent(ctx, tx, EventDisabled, about, origin, map[string]any{}); err != nil {
+		if err := addEvent(ctx, tx, event, about, origin, map[string]any{}); err != nil || !disabled {
 			return err
 		}
 		return s.revokeSessions(ctx, tx, about, SessionID{}, "disabled", origin)
-	})
-}
-
-// Enable takes Disable back; sessions stay ended.
-func (s *Store) Enable(ctx context.Context, ref AccountRef, origin Origin) (AccountInfo, error) {
-	return s.operate(ctx, ref, func(ctx context.Context, tx pgx.Tx, a AccountInfo, about subject) error {
-		if a.DisabledAt == nil {
-			return nil
-		}
-		if _, err := tx.Exec(ctx, `UPDATE accounts SET disabled_at = NULL WHERE tenant_id = $1 AND user_id = $2`, about.tenant, about.user); err != nil {
-			return err
-		}
-		return addEvent(ctx, tx, EventEnabled, about, origin, map[string]any{})
 	})
 }
 
@@ -168,7 +169,9 @@ func (s *Store) RevokeSessions(ctx context.Context, ref AccountRef, origin Origi
 	})
 }
 
-// SetEmail gives the account another e-mail, or returns ErrTaken.
+// SetEmail gives the account another e-mail, or returns ErrTaken. Whoever reads
+// the old mailbox has no way in any more: open resets are void, and a login
+// under way with the old e-mail does not complete.
 func (s *Store) SetEmail(ctx context.Context, ref AccountRef, email Email, origin Origin) (AccountInfo, error) {
 	return s.operate(ctx, ref, func(ctx context.Context, tx pgx.Tx, a AccountInfo, about subject) error {
 		if a.Email == email.s {
@@ -179,6 +182,12 @@ func (s *Store) SetEmail(ctx context.Context, ref AccountRef, email Email, origi
 			return ErrTaken
 		}
 		if err != nil {
+			return err
+		}
+		if err := voidResets(ctx, tx, about); err != nil {
+			return err
+		}
+		if err := forgetEmail(ctx, tx, a.TenantID, a.Email); err != nil {
 			return err
 		}
 		return addEvent(ctx, tx, EventEmailChanged, about, origin, map[string]any{"email": email.s})
@@ -222,17 +231,17 @@ func (s *Store) Delete(ctx context.Context, ref AccountRef, origin Origin) (Acco
 		if err := addEvent(ctx, tx, EventDeleted, about, origin, map[string]any{}); err != nil {
 			return err
 		}
-		for _, scope := range []Scope{scopeLogin, ScopeRegister, ScopeForgot} {
-			key := emailKey(scope, a.TenantID, a.Email)
-			if _, err := tx.Exec(ctx, `WITH g AS (DELETE FROM guards WHERE key = $1) DELETE FROM rate_windows WHERE key = $1`, key); err != nil {
-				return err
-			}
+		if err := forgetEmail(ctx, tx, a.TenantID, a.Email); err != nil {
+			return err
+		}
+		if err := voidResets(ctx, tx, about); err != nil {
+			return err
 		}
 		for _, sql := range []string{
 			`DELETE FROM accounts WHERE tenant_id = $1 AND user_id = $2`, // and, by cascade, sessions and reset tokens
 			// Marked first: an acknowledgement recorded in between deletes the row itself.
 			`UPDATE outbox SET transient = true WHERE tenant_id = $1 AND user_id = $2`,
-			`DELETE FROM outbox WHERE tenant_id = $1 AND user_id = $2 AND (sent_at IS NOT NULL OR event_type = 'auth.secrets.password_reset')`,
+			`DELETE FROM outbox WHERE tenant_id = $1 AND user_id = $2 AND sent_at IS NOT NULL`,
 		} {
 			if _, err := tx.Exec(ctx, sql, about.tenant, about.user); err != nil {
 				return err
@@ -240,6 +249,26 @@ func (s *Store) Delete(ctx context.Context, ref AccountRef, origin Origin) (Acco
 		}
 		return nil
 	})
+}
+
+// voidResets closes the account's open reset, also one that is on its way to
+// the mailer.
+func voidResets(ctx context.Context, tx pgx.Tx, about subject) error {
+	_, err := tx.Exec(ctx, `
+WITH r AS (DELETE FROM reset_tokens WHERE tenant_id = $1 AND user_id = $2)
+DELETE FROM outbox WHERE tenant_id = $1 AND user_id = $2 AND event_type = $3`, about.tenant, about.user, EventPasswordResetSecret)
+	return err
+}
+
+// forgetEmail removes the lock and the limits of an e-mail.
+func forgetEmail(ctx context.Context, tx pgx.Tx, tenant TenantID, email string) error {
+	for _, scope := range []Scope{scopeLogin, ScopeRegister, ScopeForgot} {
+		key := emailKey(scope, tenant, email)
+		if _, err := tx.Exec(ctx, `WITH g AS (DELETE FROM guards WHERE key = $1) DELETE FROM rate_windows WHERE key = $1`, key); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Export is everything the database holds of a person, but for hashes.

@@ -1,10 +1,12 @@
 package db
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -31,7 +33,7 @@ func TestOperations(t *testing.T) {
 	}
 
 	id := login(t, s, a).ID
-	if got, err := s.Disable(ctx, byUser(a), origin); err != nil || got.DisabledAt == nil || got.LiveSessions != 0 {
+	if got, err := s.SetDisabled(ctx, byUser(a), true, origin); err != nil || got.DisabledAt == nil || got.LiveSessions != 0 {
 		t.Errorf("disable: %+v, %v", got, err)
 	}
 	if got := rotate(t, s, step(id, 0)).Outcome; got != RotateRevoked {
@@ -45,8 +47,8 @@ func TestOperations(t *testing.T) {
 		t.Errorf("login of a disabled account: %s", got)
 	}
 	fail(t, s, g)
-	s.Disable(ctx, byUser(a), origin) // changes nothing
-	if got, err := s.Enable(ctx, byEmail, origin); err != nil || got.DisabledAt != nil {
+	s.SetDisabled(ctx, byUser(a), true, origin) // changes nothing
+	if got, err := s.SetDisabled(ctx, byEmail, false, origin); err != nil || got.DisabledAt != nil {
 		t.Errorf("enable: %+v, %v", got, err)
 	}
 	for range 4 {
@@ -62,10 +64,10 @@ func TestOperations(t *testing.T) {
 	if got, err := s.RevokeSessions(ctx, byUser(a), origin); err != nil || got.LiveSessions != 0 {
 		t.Errorf("revoke sessions: %+v, %v", got, err)
 	}
-	if got, err := s.SetClaims(ctx, byUser(a), json.RawMessage(`{"roles":["x"]}`), origin); err != nil || string(got.Claims) != `{"roles": ["x"]}` {
+	if got, err := s.SetClaims(ctx, byUser(a), json.RawMessage(`{"roles":["x"]}`), origin); err != nil || string(got.Claims) != `{"roles":["x"]}` {
 		t.Errorf("set claims: %s, %v", got.Claims, err)
 	}
-	if got := string(login(t, s, a).Claims); got != `{"roles": ["x"]}` {
+	if got := string(login(t, s, a).Claims); got != `{"roles":["x"]}` {
 		t.Errorf("claims at the next login: %s", got)
 	}
 	other := register(t, s)
@@ -80,7 +82,7 @@ func TestOperations(t *testing.T) {
 		t.Errorf("set e-mail: %+v, %v", got, err)
 	}
 	a.email = fresh
-	seal := func(UserID, string) (json.RawMessage, error) { return json.RawMessage(`{}`), nil }
+	seal := func(UserID, string, string) (json.RawMessage, error) { return json.RawMessage(`{}`), nil }
 	if got, err := s.ForceReset(ctx, byUser(a), hashed("forced"), seal, origin); err != nil || got.HasPassword || got.LiveSessions != 0 {
 		t.Errorf("force reset: %+v, %v", got, err)
 	}
@@ -183,5 +185,95 @@ func TestImportAccounts(t *testing.T) {
 	}
 	if n := dbtest.Value[int64](t, url, `SELECT count(*) FROM accounts WHERE disabled_at IS NOT NULL`); n != 1 {
 		t.Errorf("disabled accounts: %d, want 1", n)
+	}
+}
+
+// set-email is what an operator does when a mailbox is lost: whoever reads the
+// old one, or is logging in with it, has no way in after the answer.
+func TestSetEmailShutsTheOldMailboxOut(t *testing.T) {
+	url := dbtest.New(t)
+	r := rules()
+	r.ResetTTL = time.Hour
+	s := open(t, url, r)
+	a := register(t, s)
+	mine := login(t, s, a).ID
+	requestReset(t, s, a, "mailed")
+	underWay, change := reserve(t, s, a).Guess, reserve(t, s, a).Guess
+	fresh, _ := ParseEmail("fresh@example.com")
+	if _, err := s.SetEmail(t.Context(), byUser(a), fresh, origin); err != nil {
+		t.Fatal(err)
+	}
+	if _, open, err := s.FindReset(t.Context(), hashed("mailed")); open || err != nil {
+		t.Errorf("the mailed reset token: open %v, %v", open, err)
+	}
+	if got := events(t, url)["auth.secrets.password_reset"]; got != 0 {
+		t.Errorf("%d secrets on their way to the old mailbox", got)
+	}
+	if got := complete(t, s, underWay); got != LoginLapsed && got != LoginChanged {
+		t.Errorf("a login under way with the old e-mail: %s", got)
+	}
+	// The old e-mail is free, and another account takes it: a guess made for
+	// that account changes nobody else's password.
+	b := person{tenant: a.tenant, user: UserID{newUUID()}, email: a.email}
+	if ok, err := s.Register(t.Context(), b.tenant, b.user, b.email, hashB, origin); !ok || err != nil {
+		t.Fatal(ok, err)
+	}
+	for _, g := range []*Guess{change, reserve(t, s, b).Guess} {
+		_, outcome, err := s.ChangePassword(t.Context(), principal(a, mine), g, "stolen", NewSession{ID: mine, FamilyHash: hashed("f"), StepHash: hashed("s")}, origin)
+		if err != nil || outcome == LoginCompleted {
+			t.Errorf("a password changed on another account's guess: %s, %v", outcome, err)
+		}
+	}
+	if n := dbtest.Value[int64](t, url, `SELECT count(*) FROM accounts WHERE password_hash = 'stolen'`); n != 0 {
+		t.Error("the password is the thief's")
+	}
+}
+
+// Resets beside deletes and forced resets of the same account neither deadlock
+// nor fail.
+func TestResetRacesOperators(t *testing.T) {
+	url := dbtest.New(t)
+	r := rules()
+	r.ResetTTL = time.Hour
+	s := open(t, url, r)
+	seal := func(UserID, string, string) (json.RawMessage, error) { return json.RawMessage(`{}`), nil }
+	for i := range 40 {
+		p := register(t, s)
+		var callers sync.WaitGroup
+		callers.Go(func() {
+			if _, err := s.RequestReset(context.Background(), p.tenant, p.email, hashed(fmt.Sprint("r", i)), seal, origin); err != nil {
+				t.Errorf("reset: %v", err)
+			}
+		})
+		callers.Go(func() {
+			var err error
+			if i%2 == 0 {
+				_, err = s.Delete(context.Background(), byUser(p), origin)
+			} else {
+				_, err = s.ForceReset(context.Background(), byUser(p), hashed(fmt.Sprint("f", i)), seal, origin)
+			}
+			if err != nil {
+				t.Errorf("operator: %v", err)
+			}
+		})
+		callers.Wait()
+	}
+}
+
+func TestDisablingTwiceIsOneEvent(t *testing.T) {
+	url := dbtest.New(t)
+	s := open(t, url, rules())
+	p := register(t, s)
+	var callers sync.WaitGroup
+	for range 5 {
+		callers.Go(func() {
+			if _, err := s.SetDisabled(context.Background(), byUser(p), true, origin); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	callers.Wait()
+	if got := events(t, url)["auth.user.disabled"]; got != 1 {
+		t.Errorf("%d events, want 1", got)
 	}
 }

@@ -268,10 +268,9 @@ func (s *Store) classify(err error) error {
 	}
 	if pgErr.Code == "25006" { // read_only_sql_transaction: a demoted server
 		s.pool.Reset()
-		return fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
 	switch pgErr.Code[:2] {
-	case "08", "28", "3D", "40", "53", "55", "57", "58", "XX": // connection, authorization, missing database, rollback, resources, locks, intervention, system
+	case "08", "25", "28", "3D", "40", "53", "55", "57", "58", "XX": // connection, transaction state, authorization, missing database, rollback, resources, locks, intervention, system
 		return fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
 	if pgErr.Code == "42P01" || pgErr.Code == "3F000" { // no table, no schema: not migrated yet

@@ -46,7 +46,7 @@ func (s *Store) ImportAccounts(ctx context.Context, rows []ImportRow, traceID st
 	// reported as a conflict; a second run finds it present.
 	err := s.queryRow(ctx, []any{&outcomes}, `
 WITH input AS (
-    SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::boolean[], $6::jsonb[])
+    SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::boolean[], $6::json[])
         WITH ORDINALITY AS i(tenant_id, user_id, email, password_hash, disabled, claims, n)
 ), created AS (
     INSERT INTO accounts (tenant_id, user_id, email, password_hash, disabled_at, claims)

@@ -27,6 +27,7 @@ type Guess struct {
 	key     []byte
 	ticket  time.Time
 	tenant  TenantID
+	email   Email
 	Account Account
 	Known   bool // false: no account has this e-mail; Account is empty
 }
@@ -105,7 +106,7 @@ SELECT g.outcome, g.ticket,
 // one guess. At most LockoutThreshold guesses that turn out wrong are reserved
 // per lock period, over all replicas and restarts.
 func (s *Store) ReserveGuess(ctx context.Context, tenant TenantID, email Email, sent string, spend bool, origin Origin) (Reservation, error) {
-	g := Guess{key: emailKey(scopeLogin, tenant, sent), tenant: tenant}
+	g := Guess{key: emailKey(scopeLogin, tenant, sent), tenant: tenant, email: email}
 	var r Reservation
 	var wait float64
 	err := s.queryRow(ctx, []any{&r.Outcome, &g.ticket, &wait, &g.Known, &g.Account.User, &g.Account.PasswordHash, &g.Account.Disabled},
@@ -143,7 +144,7 @@ WITH guard AS (
     RETURNING outcome
 ), account AS (
     UPDATE accounts SET failed_logins = failed_logins + 1
-     WHERE tenant_id = $5 AND user_id = $6 AND EXISTS (SELECT FROM guard)
+     WHERE tenant_id = $5 AND user_id = $6 AND $9 AND EXISTS (SELECT FROM guard)
 ), lockout AS (` + insertEvents + `
     SELECT 'auth.lockout', $5, $6, $7, NULL, jsonb_build_object('user_id', $6::uuid, 'client_ip', $8::text)
       FROM guard WHERE guard.outcome = 'locked_now' AND $9

@@ -253,11 +253,11 @@ SELECT count(*), coalesce(max(seq), 0) FROM outbox WHERE sent_at IS NULL AND seq
 	return pending, last, err
 }
 
-// PruneOutbox deletes events acknowledged longer than OutboxRetention ago, in
+// pruneOutbox deletes events acknowledged longer than OutboxRetention ago, in
 // small batches. It walks from the oldest row and stops at the first page that
 // ends with a younger one; unsent rows are stepped over and stay, whatever
 // their age. What is left over is for the next call.
-func (s *Store) PruneOutbox(ctx context.Context) error {
+func (s *Store) pruneOutbox(ctx context.Context) error {
 	var after int64
 	for range pruneBatches {
 		more := false

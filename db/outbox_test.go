@@ -377,11 +377,11 @@ func TestPruneOutbox(t *testing.T) {
 	dbtest.Exec(t, url, `UPDATE outbox SET sent_at = NULL WHERE seq = 1`)
 	dbtest.Exec(t, url, `UPDATE outbox SET sent_at = now() - interval '59 minutes' WHERE seq = 1200`)
 	dbtest.Exec(t, url, `UPDATE outbox SET sent_at = now(), occurred_at = now() WHERE seq = 2500`)
-	if err := store.PruneOutbox(t.Context()); err != nil {
+	if err := store.pruneOutbox(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	wantSeqs(t, "left", dbtest.Query[int64](t, url, `SELECT seq FROM outbox ORDER BY seq`), 1, 1200, 2500)
-	if err := store.PruneOutbox(t.Context()); err != nil {
+	if err := store.pruneOutbox(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -16,7 +16,7 @@ var ErrSessionOver = errors.New("session is over")
 const errResetToken = ownError("reset token not open")
 
 // SealFunc makes what the outbox holds of a reset token until it is relayed.
-type SealFunc func(user UserID, expires string) (json.RawMessage, error)
+type SealFunc func(user UserID, email, expires string) (json.RawMessage, error)
 
 // RequestReset opens a password reset for the account of the e-mail, if there
 // is one: any earlier token is void from now on. The event goes to everyone;
@@ -38,7 +38,7 @@ func (s *Store) openReset(ctx context.Context, tx pgx.Tx, tenant TenantID, email
 	var expires string
 	err = tx.QueryRow(ctx, `
 INSERT INTO reset_tokens AS r (tenant_id, user_id, token_hash, expires_at)
-SELECT tenant_id, user_id, $3, clock_timestamp() + $4::interval FROM accounts WHERE tenant_id = $1 AND email = $2
+SELECT tenant_id, user_id, $3, clock_timestamp() + $4::interval FROM accounts WHERE tenant_id = $1 AND email = $2 FOR KEY SHARE
     ON CONFLICT (tenant_id, user_id) DO UPDATE SET token_hash = excluded.token_hash, expires_at = excluded.expires_at
 RETURNING user_id, event_time(expires_at)`, tenant, email.String(), tokenHash, s.rules.ResetTTL).Scan(&about.user, &expires)
 	if errors.Is(err, pgx.ErrNoRows) {
@@ -50,7 +50,7 @@ RETURNING user_id, event_time(expires_at)`, tenant, email.String(), tokenHash, s
 	if err := addEvent(ctx, tx, EventResetRequested, about, origin, map[string]any{"expires_at": expires}); err != nil {
 		return false, err
 	}
-	sealed, err := seal(about.user, expires)
+	sealed, err := seal(about.user, email.s, expires)
 	if err != nil {
 		return false, err
 	}
@@ -141,6 +141,9 @@ func (s *Store) ChangePassword(ctx context.Context, p Principal, g *Guess, newHa
 	session := Session{ID: p.session, Tenant: p.tenant, User: p.user}
 	err := s.tx(ctx, func(ctx context.Context, tx pgx.Tx) error {
 		about := subject{p.tenant, p.user}
+		if about != (subject{g.tenant, g.Account.User}) {
+			return errChanged // the e-mail the guess was made for is another account's by now
+		}
 		if err := settleGuess(ctx, tx, g); err != nil {
 			return err
 		}

@@ -172,7 +172,7 @@ func TestChangePassword(t *testing.T) {
 
 func requestReset(t *testing.T, s *Store, p person, token string) {
 	t.Helper()
-	seal := func(user UserID, expires string) (json.RawMessage, error) {
+	seal := func(user UserID, email, expires string) (json.RawMessage, error) {
 		return json.Marshal(map[string]string{"sealed": token + "-sealed"})
 	}
 	if ok, err := s.RequestReset(t.Context(), p.tenant, p.email, hashed(token), seal, origin); !ok || err != nil {

@@ -174,6 +174,9 @@ func TestSignRefuses(t *testing.T) {
 		"extra reserved folded":  {extra(`{"Sub":"root"}`), "reserved"},
 		"extra reserved long s":  {extra("{\"\u017fid\":\"x\"}"), "reserved"},
 		"extra reserved, absent": {extra(`{"sid":"s-2"}`), "reserved"},
+		"extra number too large": {extra(`{"a":[{"b":1e999}]}`), "too large"},
+		"extra text with NUL":    {extra(`{"a":["x\u0000"]}`), "NUL"},
+		"extra name with NUL":    {extra(`{"\u0000":1}`), "NUL"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := testClaims()
@@ -196,7 +199,7 @@ func TestSignedVerifies(t *testing.T) {
 		"amr":              {func(c *Claims) { c.AMR = []string{"pwd", "otp"} }, ""},
 		"quotes":           {func(c *Claims) { c.Subject = "\"\\\n<&>\u2028é𝄞" }, ""},
 		"extra empty":      {func(c *Claims) { c.Extra = []byte(` { } `) }, ""},
-		"extra sorted":     {func(c *Claims) { c.Extra = []byte(`{"b": 1e999, "a": {"sub": [null]}}`) }, `{"a":{"sub":[null]},"b":1e999}`},
+		"extra sorted":     {func(c *Claims) { c.Extra = []byte(`{"b": 1e99, "a": {"sub": [null]}}`) }, `{"a":{"sub":[null]},"b":1e99}`},
 		"extra name, odd":  {func(c *Claims) { c.Extra = []byte(`{"\"": 1}`) }, `{"\"":1}`},
 		"extra, no name":   {func(c *Claims) { c.Extra = []byte(`{"": 1}`) }, `{"":1}`},
 		"exp in year 9999": {func(c *Claims) { c.ExpiresAt = time.Unix(maxDate, 0).UTC() }, ""},

@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"strings"
 	"time"
@@ -143,5 +144,31 @@ func CheckExtra(extra json.RawMessage) error {
 			return errors.New("extra claims: a member has a reserved name")
 		}
 	}
-	return nil
+	return checkPlain(extra)
+}
+
+// checkPlain refuses what is valid JSON but what verifiers and stores in other
+// languages stumble over: numbers beyond a float64, and NUL in text.
+func checkPlain(extra json.RawMessage) error {
+	dec := json.NewDecoder(bytes.NewReader(extra))
+	dec.UseNumber()
+	for {
+		token, err := dec.Token()
+		switch v := token.(type) {
+		case json.Number:
+			if _, err := v.Float64(); err != nil {
+				return errors.New("extra claims: a number is too large")
+			}
+		case string:
+			if strings.Contains(v, "\x00") {
+				return errors.New("extra claims: a text has a NUL")
+			}
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil { // unreachable: parseObject has read it
+			return err
+		}
+	}
 }

@@ -11,7 +11,7 @@ CREATE TABLE accounts (
     user_id             uuid        NOT NULL,
     email               text        NOT NULL CHECK (email <> '' AND octet_length(email) <= 254),
     password_hash       text        NOT NULL,
-    claims              jsonb       NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(claims) = 'object'),
+    claims              json        NOT NULL DEFAULT '{}' CHECK (json_typeof(claims) = 'object'),
     failed_logins       integer     NOT NULL DEFAULT 0 CHECK (failed_logins >= 0),
     created_at          timestamptz NOT NULL DEFAULT clock_timestamp(),
     password_changed_at timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -24,7 +24,7 @@ COMMENT ON COLUMN accounts.tenant_id IS 'Chosen by the caller of register.';
 COMMENT ON COLUMN accounts.user_id IS 'Chosen by the caller of register; the sub of access tokens.';
 COMMENT ON COLUMN accounts.email IS 'ASCII addr-spec in lower case.';
 COMMENT ON COLUMN accounts.password_hash IS 'PHC string.';
-COMMENT ON COLUMN accounts.claims IS 'Members of the access token''s top level, set by operators.';
+COMMENT ON COLUMN accounts.claims IS 'Members of the access token''s top level, set by operators; json keeps the bytes that were checked, jsonb would write numbers out.';
 COMMENT ON COLUMN accounts.failed_logins IS 'Wrong guesses since the last good login; told in auth.user.logged_in.';
 COMMENT ON COLUMN accounts.created_at IS 'When the account was registered or imported.';
 COMMENT ON COLUMN accounts.password_changed_at IS 'When the person last chose a password; a rehash does not count.';
@@ -91,6 +91,7 @@ CREATE TABLE guards (
     locked_until timestamptz   NOT NULL DEFAULT '-infinity',
     touched_at   timestamptz   NOT NULL
 ) WITH (fillfactor = 60);
+CREATE INDEX guards_touched ON guards (touched_at);
 COMMENT ON TABLE  guards IS 'Login limit and lock of one (tenant, e-mail), whether or not an account exists. Rows that say nothing any more are pruned.';
 COMMENT ON COLUMN guards.key IS 'SHA-256 of tenant and e-mail: invented addresses are not kept in clear.';
 COMMENT ON COLUMN guards.outcome IS 'What the last statement on this row decided. Kept only so that the one deciding statement can return it.';
@@ -108,6 +109,7 @@ CREATE TABLE rate_windows (
     window_count integer     NOT NULL,
     window_ends  timestamptz NOT NULL
 ) WITH (fillfactor = 60);
+CREATE INDEX rate_windows_over ON rate_windows (window_ends);
 COMMENT ON TABLE  rate_windows IS 'Counts of register and forgot-password by e-mail. Rows whose window is over are pruned.';
 COMMENT ON COLUMN rate_windows.key IS 'SHA-256 of scope, tenant and e-mail.';
 COMMENT ON COLUMN rate_windows.window_start IS 'The first call of the window.';

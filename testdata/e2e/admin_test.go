@@ -315,12 +315,15 @@ func operatorRevokes(t *testing.T, o offices) {
 func operatorSetsEmail(t *testing.T, o offices) {
 	o.each(t, func(t *testing.T, act func(action, value string) map[string]any, p person) {
 		tok := o.a.login(p)
+		o.a.forgot(p)
+		mailed := resetTokens(t, o.world, p, 1)[0]
 		moved := p
 		moved.Email = "moved." + p.Email
 		if got := act("set-email", " "+strings.ToUpper(moved.Email)); got["email"] != moved.Email {
 			t.Errorf("got %v, want %s", got["email"], moved.Email)
 		}
 		wantCode(t, "login with the old e-mail", o.b.do("POST", loginPath, p.loginBody(p.Password)), 401, "invalid_credentials")
+		wantCode(t, "the reset token that went to the old e-mail", o.b.reset(mailed, "another horse, another battery"), 400, "invalid_reset_token")
 		o.b.login(moved)
 		wantLives(t, "a session of before", tok, o.b)
 		next := newPerson()
@@ -328,8 +331,9 @@ func operatorSetsEmail(t *testing.T, o offices) {
 		if out := o.b.post(registerPath, next); out.status != 201 {
 			t.Errorf("register with the e-mail that is free now: got %d %s, want 201", out.status, out.body)
 		}
-		events := wantEvents(t, o.world, p, "auth.user.registered", "auth.user.logged_in", "auth.user.email_changed", "auth.user.logged_in")
-		if got := events[2].Data["email"]; got != moved.Email {
+		events := wantEvents(t, o.world, p, "auth.user.registered", "auth.user.logged_in", "auth.user.password_reset_requested",
+			"auth.user.email_changed", "auth.user.logged_in")
+		if got := events[3].Data["email"]; got != moved.Email {
 			t.Errorf("auth.user.email_changed: got email %v, want %s", got, moved.Email)
 		}
 	})
@@ -456,7 +460,7 @@ func claimsRefused(t *testing.T, o offices) {
 func claimsKeepTheirValues(t *testing.T, o offices) {
 	peers := verifiers(t, o.b, "identity-auth", "identity-auth")
 	for _, value := range []string{
-		`"a\u0000b"`, `"\u0000"`, `1e400`, `-1e-400`, `1e9000`, `1e131000`, `1e200000`, `[` + strings.Repeat(`1e9999,`, 400) + `0]`,
+		`"a\u0000b"`, `"\u0000"`, `1e400`, `-1e-400`, `1e9000`, `1e131000`, `1e200000`, `[` + strings.Repeat(`1e9999,`, 400) + `0]`, `[` + strings.Repeat(`1e300,`, 600) + `0]`,
 		`9007199254740993`, `0.1`, `1.0`, `-0`, `"<&>\u2028"`, `"\ud834\udd1e"`, `[[[[]]]]`, `{"":null}`, `true`, `""`,
 	} {
 		p := o.a.register()
