@@ -39,22 +39,35 @@ type hasher struct {
 
 	places  atomic.Int64 // requests that hold a slot or wait for one
 	perHash atomic.Int64 // running mean of a hash in nanoseconds
+	begun   atomic.Int64 // when a slot was taken last, in Unix nanoseconds
 	idle    atomic.Bool  // no hash since the last FreeOSMemory
 }
 
-// firstGuess is the time of a hash before one has been measured.
-const firstGuess = 100 * time.Millisecond
+// firstGuess is the time of a hash before one has been measured: about half a
+// nanosecond a byte and iteration.
+func (a Argon2Params) firstGuess() time.Duration {
+	return time.Duration(a.MemoryKiB) * time.Duration(a.Iterations) * 512 * time.Nanosecond
+}
 
 func newHasher(params Argon2Params, slots int, maxWait time.Duration, m *metrics) *hasher {
 	h := &hasher{params: params, slots: make(chan struct{}, slots), maxWait: maxWait, metrics: m}
-	h.perHash.Store(int64(firstGuess))
+	h.perHash.Store(int64(params.firstGuess()))
 	h.idle.Store(true)
 	return h
 }
 
 // expectedWait is how long the n-th place waits for a slot.
 func (h *hasher) expectedWait(n int64) time.Duration {
-	return time.Duration((n - 1) / int64(cap(h.slots)) * h.perHash.Load())
+	return time.Duration((n - 1) / int64(cap(h.slots)) * h.pace())
+}
+
+// pace is what a hash takes in nanoseconds: the mean, or, where the machine has
+// become slower, what those under way have taken by now.
+func (h *hasher) pace() int64 {
+	if len(h.slots) == 0 {
+		return h.perHash.Load()
+	}
+	return max(h.perHash.Load(), time.Now().UnixNano()-h.begun.Load())
 }
 
 // place is one request's place in the queue.
@@ -96,6 +109,7 @@ func (p *place) run(ctx context.Context, work func(waited time.Duration)) error 
 		<-p.h.slots
 		p.leave()
 	}()
+	p.h.begun.Store(time.Now().UnixNano())
 	work(time.Since(begun))
 	return nil
 }
@@ -238,8 +252,8 @@ func (t *turns) enter(ctx context.Context, key string) (leave func(), err error)
 		t.keys[key] = k
 	}
 	if ahead := int64(k.users - t.perKey); ahead >= 0 {
-		pace := int64(min(t.perKey, cap(t.hasher.slots))) // hashes of this key that run side by side
-		if wait := time.Duration((ahead + pace) / pace * t.hasher.perHash.Load()); wait > longestTurn {
+		sideBySide := int64(min(t.perKey, cap(t.hasher.slots)))
+		if wait := time.Duration((ahead + sideBySide) / sideBySide * t.hasher.pace()); wait > longestTurn {
 			t.mu.Unlock()
 			return nil, &failure{problem: errHashBusy, retryAfter: wait - longestTurn}
 		}

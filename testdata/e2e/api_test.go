@@ -999,7 +999,8 @@ WITH account AS (UPDATE accounts SET disabled_at = clock_timestamp() WHERE user_
      session AS (UPDATE sessions SET revoked_at = t, revoked_reason = 'disabled', expires_at = t FROM clock_timestamp() AS t WHERE user_id = $1
                  RETURNING tenant_id, user_id, id)
 INSERT INTO outbox (event_type, tenant_id, user_id, trace_id, data)
-SELECT 'auth.session.revoked', tenant_id, user_id, '', jsonb_build_object('user_id', user_id, 'session_id', id) FROM session`, disabled.UserID)
+SELECT 'auth.session.revoked', tenant_id, user_id, gen_random_uuid()::text,
+       jsonb_build_object('user_id', user_id, 'session_id', id, 'reason', 'disabled', 'access_tokens_expire_at', identity_auth.event_time(clock_timestamp())) FROM session`, disabled.UserID)
 
 	crowded := s.register()
 	pushedOut := s.login(crowded).RefreshToken
