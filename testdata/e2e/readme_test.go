@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
@@ -111,5 +112,33 @@ func TestReadmeReader(t *testing.T) {
 		if got := blocks[0][1].pattern().MatchString(output); got != want {
 			t.Errorf("%q: got %v, want %v", output, got, want)
 		}
+	}
+}
+
+// The Go examples of README.md compile, against this checkout and the client
+// libraries they name.
+func TestReadmeExamplesCompile(t *testing.T) {
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := 0
+	for _, part := range strings.Split(string(readme), "```go\n")[1:] {
+		code, _, _ := strings.Cut(part, "```")
+		dir, err := os.MkdirTemp(".", "readme-example-") // inside the module, for its dependencies
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer os.RemoveAll(dir)
+		if err := os.WriteFile(filepath.Join(dir, "example.go"), []byte(code), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if out, err := exec.Command("go", "vet", "./"+dir).CombinedOutput(); err != nil {
+			t.Errorf("example %d: %v\n%s", found+1, err, out)
+		}
+		found++
+	}
+	if found < 2 {
+		t.Errorf("%d examples, want those of verifying tokens and consuming events", found)
 	}
 }
