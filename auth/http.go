@@ -308,6 +308,9 @@ func (s *Server) wrap(mux *http.ServeMux, origins []string) http.Handler {
 		defer cancel()
 		r = r.WithContext(ctx)
 		setHeaders(w.Header(), trace)
+		if s.health.draining.Load() {
+			w.Header().Set("Connection", "close") // kept-alive clients leave before the connection is shut on them
+		}
 		defer func() {
 			if cause := recover(); cause != nil {
 				s.log.Error(logPanic, "trace_id", trace, "panic", panicText(cause), "stack", string(debug.Stack()))

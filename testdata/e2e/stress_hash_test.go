@@ -137,10 +137,11 @@ const acquireTimeout = 2 * time.Second
 func TestMemoryOfLoginFloods(t *testing.T) {
 	w := newWorld(t)
 	s := w.startPlain(unlimited)
-	idle, _ := s.rss()
-	if idle > idleRSS {
-		t.Errorf("idle RSS: got %.1f MiB, want at most %d", float64(idle)/mib, idleRSS/mib)
-	}
+	var idle int
+	eventually(t, "idle RSS of at most 25 MiB", 15*time.Second, func() bool {
+		idle, _ = s.rss()
+		return idle <= idleRSS
+	})
 	first := s.register()
 	many := accounts(t, w, first, 1000)
 	one := slices.Repeat([]person{many[0]}, 1000)
@@ -195,9 +196,9 @@ func TestMemoryOfLoginFloods(t *testing.T) {
 	t.Logf("RSS: idle %.1f MiB, peak %.1f, %v after the bursts %.1f", float64(idle)/mib, float64(peak)/mib, time.Since(burst).Round(time.Second), float64(now)/mib)
 }
 
-// A service that has hardly hashed yet knows by the costs who cannot be served
-// in HASH_ACQUIRE_TIMEOUT, also where hashes take long. On a machine that is
-// slower than it thinks it lets no more in than a usual one would serve.
+// A service that has not hashed yet is as good at telling who cannot be served
+// in HASH_ACQUIRE_TIMEOUT, also where hashes take long: of the few that it lets
+// into the queue at least a third are served before that is over.
 func TestRefusedAtOnce(t *testing.T) {
 	w := newWorld(t)
 	s := w.startPlain(unlimited, env{"ARGON2_ITERATIONS": "12"})
@@ -208,9 +209,8 @@ func TestRefusedAtOnce(t *testing.T) {
 	served, refused := flood(t, s, strangers)
 	late := after(refused, acquireTimeout)
 	t.Logf("served %d, refused %d (median %v), %d of them after %v", len(served), len(refused), median(refused), late, acquireTimeout)
-	const usual = 12 // two at a time, 0.4 s each, in 2 s, and the two that begin last
-	if late > max(len(served), usual) {
-		t.Errorf("let into the queue: %d were served and %d refused after HASH_ACQUIRE_TIMEOUT, want at most %d of these", len(served), late, usual)
+	if late > 2*len(served) {
+		t.Errorf("let into the queue: %d were served and %d refused after HASH_ACQUIRE_TIMEOUT, want at most twice as many", len(served), late)
 	}
 	if m := median(refused); m > acquireTimeout*3/4 {
 		t.Errorf("median wait of the refused: got %v, want far less than HASH_ACQUIRE_TIMEOUT", m)
