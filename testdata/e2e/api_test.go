@@ -575,7 +575,7 @@ func TestClientAddress(t *testing.T) {
 		{"proxies only", behind, "10.0.0.2, 10.0.0.1", "10.0.0.2"},
 		{"garbage", behind, "unknown", "127.0.0.1"},
 		{"garbage behind a proxy", behind, "<script>, 10.0.0.1", "10.0.0.1"},
-		{"an address with a port", behind, "198.51.100.1:4711", "127.0.0.1"},
+		{"an address with a port", behind, "198.51.100.1:4711", "198.51.100.1"},
 		{"a peer that is not trusted", direct, "198.51.100.1", "127.0.0.1"},
 		{"a peer that is not trusted, again", direct, "198.51.100.2", "127.0.0.1"},
 	} {
