@@ -186,19 +186,9 @@ func serve(ctx context.Context, lookup func(string) (string, bool), stdout, stde
 	if code == exitOK {
 		time.Sleep(cfg.ShutdownDelay) // load balancers notice; requests are served meanwhile
 	}
-	drain, cancel := context.WithTimeout(context.Background(), cfg.ShutdownTimeout)
+	drain(servers, cfg.ShutdownTimeout)
+	flush, cancel := context.WithTimeout(context.Background(), flushTimeout)
 	defer cancel()
-	var drained sync.WaitGroup
-	for _, server := range servers {
-		drained.Go(func() {
-			if server.Shutdown(drain) != nil {
-				server.Close()
-			}
-		})
-	}
-	drained.Wait()
-	flush, cancelFlush := context.WithTimeout(context.Background(), flushTimeout)
-	defer cancelFlush()
 	if err := bus.Flush(flush); err != nil {
 		log.Warn("outbox.flush_failed", "err", err) // the rows wait for another replica or the next start
 	}
@@ -206,6 +196,40 @@ func serve(ctx context.Context, lookup func(string) (string, bool), stdout, stde
 	loops.Wait()
 	log.Info("service.stopped")
 	return code
+}
+
+// drain lets requests in flight finish, and cuts off what takes too long.
+func drain(servers []*http.Server, timeout time.Duration) {
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	var drained sync.WaitGroup
+	for _, server := range servers {
+		drained.Go(func() {
+			if server.Shutdown(ctx) != nil {
+				server.Close()
+			}
+		})
+	}
+	drained.Wait()
+}
+
+// withStore loads the named variables, or all when none is named, and runs f
+// with the database they name.
+func withStore(lookup func(string) (string, bool), stderr io.Writer, f func(auth.Config, *db.Store) int, names ...string) int {
+	load := auth.LoadConfig
+	if len(names) > 0 {
+		load = func(lookup func(string) (string, bool)) (auth.Config, error) { return auth.LoadSome(lookup, names...) }
+	}
+	cfg, err := load(lookup)
+	if err != nil {
+		return usageError(stderr, err)
+	}
+	store, err := openStore(cfg)
+	if err != nil {
+		return usageError(stderr, err)
+	}
+	defer store.Close()
+	return f(cfg, store)
 }
 
 func openStore(cfg auth.Config) (*db.Store, error) {
@@ -335,23 +359,16 @@ func reloadOnHangup(ctx context.Context, hangup <-chan os.Signal, lookup func(st
 
 // withDatabase runs f on a connection of its own for the migrate commands.
 func withDatabase(ctx context.Context, lookup func(string) (string, bool), stderr io.Writer, f func(*db.Conn, []migrate.Migration) error) int {
-	cfg, err := auth.LoadSome(lookup, "DATABASE_URL", "DATABASE_MAX_CONNECTIONS")
-	if err != nil {
-		return usageError(stderr, err)
-	}
-	store, err := openStore(cfg)
-	if err != nil {
-		return usageError(stderr, err)
-	}
-	defer store.Close()
-	ms, err := migrate.Load(sql.FS)
-	if err == nil {
-		err = store.Alone(ctx, func(conn *db.Conn) error { return f(conn, ms) })
-	}
-	if err != nil {
-		return commandFailed(stderr, err)
-	}
-	return exitOK
+	return withStore(lookup, stderr, func(_ auth.Config, store *db.Store) int {
+		ms, err := migrate.Load(sql.FS)
+		if err == nil {
+			err = store.Alone(ctx, func(conn *db.Conn) error { return f(conn, ms) })
+		}
+		if err != nil {
+			return commandFailed(stderr, err)
+		}
+		return exitOK
+	}, "DATABASE_URL", "DATABASE_MAX_CONNECTIONS")
 }
 
 func migrateNow(ctx context.Context, lookup func(string) (string, bool), stdout, stderr io.Writer) int {
@@ -391,69 +408,60 @@ func user(ctx context.Context, args []string, lookup func(string) (string, bool)
 		fmt.Fprint(stderr, usage)
 		return exitUsage
 	}
-	cfg, err := auth.LoadConfig(lookup)
-	if err != nil {
-		return usageError(stderr, err)
-	}
-	store, err := openStore(cfg)
-	if err != nil {
-		return usageError(stderr, err)
-	}
-	defer store.Close()
-	// The audit line goes to stderr: stdout is the answer.
-	srv := auth.New(cfg, store, new(atomic.Bool), auth.ReadBuild(version, commit), auth.NewLogger(stderr, slog.LevelInfo))
-	answer, err := srv.Act(ctx, action, tenant, rest[0], value, db.Origin{ClientIP: "command line", TraceID: db.NewUUID()})
-	if err != nil {
-		return commandFailed(stderr, err)
-	}
-	out := json.NewEncoder(stdout)
-	out.SetIndent("", "  ")
-	if err := out.Encode(answer); err != nil {
-		return commandFailed(stderr, err)
-	}
-	return exitOK
+	return withStore(lookup, stderr, func(cfg auth.Config, store *db.Store) int {
+		// The audit line goes to stderr: stdout is the answer.
+		srv := auth.New(cfg, store, new(atomic.Bool), auth.ReadBuild(version, commit), auth.NewLogger(stderr, slog.LevelInfo))
+		answer, err := srv.Act(ctx, action, tenant, rest[0], value, db.Origin{ClientIP: "command line", TraceID: db.NewUUID()})
+		if err != nil {
+			return commandFailed(stderr, err)
+		}
+		out := json.NewEncoder(stdout)
+		out.SetIndent("", "  ")
+		if err := out.Encode(answer); err != nil {
+			return commandFailed(stderr, err)
+		}
+		return exitOK
+	})
 }
 
 // importAccounts exits 1 when a line was bad; the good ones are in.
 func importAccounts(ctx context.Context, from string, lookup func(string) (string, bool), stdout, stderr io.Writer) int {
-	cfg, err := auth.LoadSome(lookup, "DATABASE_URL", "DATABASE_MAX_CONNECTIONS", "ARGON2_MEMORY_KIB", "ARGON2_ITERATIONS", "ARGON2_PARALLELISM")
-	if err != nil {
-		return usageError(stderr, err)
-	}
-	store, err := openStore(cfg)
-	if err != nil {
-		return usageError(stderr, err)
-	}
-	defer store.Close()
 	progress, end := func(auth.ImportCounts) {}, ""
 	if info, err := os.Stderr.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {
 		progress, end = func(c auth.ImportCounts) { fmt.Fprintf(stderr, "\r%d lines, %d created", c.Lines, c.Created) }, "\n"
 	}
-	importer := auth.NewImporter(store, cfg.Argon2, func(line int, reason string) {
-		fmt.Fprintf(stderr, "line %d: %s\n", line, reason)
-	}, progress)
-	var counts auth.ImportCounts
-	if from == "--from-auth-rs" {
-		counts, err = importer.FirstVersion(ctx)
-	} else {
-		in := os.Stdin
-		if from != "-" {
-			if in, err = os.Open(from); err != nil {
-				return commandFailed(stderr, err)
-			}
-			defer in.Close()
+	return withStore(lookup, stderr, func(cfg auth.Config, store *db.Store) int {
+		importer := auth.NewImporter(store, cfg.Argon2, func(line int, reason string) {
+			fmt.Fprintf(stderr, "line %d: %s\n", line, reason)
+		}, progress)
+		counts, err := importFrom(ctx, importer, from)
+		fmt.Fprint(stderr, end)
+		if err == nil || counts.Lines > 0 {
+			fmt.Fprintf(stdout, "%d lines: %d created, %d there already, %d bad\n", counts.Lines, counts.Created, counts.Present, counts.Bad)
 		}
-		counts, err = importer.JSONLines(ctx, in)
+		if err != nil {
+			return commandFailed(stderr, err)
+		}
+		if counts.Bad > 0 {
+			return exitFailure
+		}
+		return exitOK
+	}, "DATABASE_URL", "DATABASE_MAX_CONNECTIONS", "ARGON2_MEMORY_KIB", "ARGON2_ITERATIONS", "ARGON2_PARALLELISM")
+}
+
+func importFrom(ctx context.Context, importer *auth.Importer, from string) (auth.ImportCounts, error) {
+	switch from {
+	case "--from-auth-rs":
+		return importer.FirstVersion(ctx)
+	case "-":
+		return importer.JSONLines(ctx, os.Stdin)
 	}
-	fmt.Fprint(stderr, end)
-	fmt.Fprintf(stdout, "%d lines: %d created, %d there already, %d bad\n", counts.Lines, counts.Created, counts.Present, counts.Bad)
+	in, err := os.Open(from)
 	if err != nil {
-		return commandFailed(stderr, err)
+		return auth.ImportCounts{}, err
 	}
-	if counts.Bad > 0 {
-		return exitFailure
-	}
-	return exitOK
+	defer in.Close()
+	return importer.JSONLines(ctx, in)
 }
 
 // outbox shows the backlog, or makes relayed events of a span of time unsent
@@ -470,28 +478,21 @@ func outbox(ctx context.Context, args []string, lookup func(string) (string, boo
 		fmt.Fprint(stderr, usage)
 		return exitUsage
 	}
-	cfg, err := auth.LoadSome(lookup, "DATABASE_URL", "DATABASE_MAX_CONNECTIONS")
-	if err != nil {
-		return usageError(stderr, err)
-	}
-	store, err := openStore(cfg)
-	if err != nil {
-		return usageError(stderr, err)
-	}
-	defer store.Close()
-	if replay {
-		n, err := replayAll(ctx, store, since, until)
-		fmt.Fprintf(stdout, "%d events will be sent again\n", n)
+	return withStore(lookup, stderr, func(_ auth.Config, store *db.Store) int {
+		if replay {
+			n, err := replayAll(ctx, store, since, until)
+			fmt.Fprintf(stdout, "%d events will be sent again\n", n)
+			if err != nil {
+				return commandFailed(stderr, err)
+			}
+		}
+		pending, oldest, err := store.OutboxBacklog(ctx)
 		if err != nil {
 			return commandFailed(stderr, err)
 		}
-	}
-	pending, oldest, err := store.OutboxBacklog(ctx)
-	if err != nil {
-		return commandFailed(stderr, err)
-	}
-	fmt.Fprintf(stdout, "%d events pending, the oldest for %v\n", pending, oldest.Round(time.Millisecond))
-	return exitOK
+		fmt.Fprintf(stdout, "%d events pending, the oldest for %v\n", pending, oldest.Round(time.Millisecond))
+		return exitOK
+	}, "DATABASE_URL", "DATABASE_MAX_CONNECTIONS")
 }
 
 func replayAll(ctx context.Context, store *db.Store, since, until time.Time) (total int64, err error) {
