@@ -474,9 +474,11 @@ func (w *world) holder() string {
 	return dbtest.Value[string](w.T, w.database, `SELECT coalesce(holder::text, '') FROM relay`)
 }
 
-// The holder is stopped under load, another takes over, the stream is lost
-// meanwhile, and the first comes back with what it has in its hands: nothing
-// is lost, and by first copy the order is kept.
+// The holder is stopped under load, another takes over, and the first comes
+// back with what it has in its hands: nothing is lost, and by first copy the
+// order is kept. That acknowledgements from before a loss do not count after
+// it is TestMarkSent's; the package comment names what a loss during the pause
+// can do to the order.
 func TestPausedHolder(t *testing.T) {
 	w := newWorld(t, natstest.New(t))
 	first := w.startChild()
@@ -490,11 +492,6 @@ func TestPausedHolder(t *testing.T) {
 		began := time.Now()
 		w.within(10*time.Second, "another takes over", func() bool { return w.holder() != holder })
 		t.Logf("taken over after %v", time.Since(began))
-		losses := len(w.log.of("outbox.store_lost"))
-		if err := w.jetStream().DeleteStream(t.Context(), "AUTH_EVENTS"); err != nil {
-			t.Fatal(err)
-		}
-		w.within(10*time.Second, "the loss is noticed", func() bool { return len(w.log.of("outbox.store_lost")) > losses })
 		first.signal(w, syscall.SIGCONT)
 		time.Sleep(time.Second)
 		w.stop()
