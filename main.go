@@ -19,6 +19,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"sync"
@@ -131,6 +132,10 @@ func serve(ctx context.Context, lookup func(string) (string, bool), stdout, stde
 	if err != nil { // unreachable in a tested build
 		return failed(log, err)
 	}
+	// A hash or a signature keeps one of the runtime's processors busy, and one
+	// that is busy does not look at the network. With more of them than CPUs
+	// the system's scheduler divides the time, in favour of who needs little.
+	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + cfg.MaxConcurrentHashes)
 	debug.SetMemoryLimit(int64(cfg.MaxConcurrentHashes)*int64(cfg.Argon2.MemoryKiB)*1024 + runtimeReserve + cfg.Blocklist.Bytes())
 
 	store, err := openStore(cfg)

@@ -51,6 +51,7 @@ type Server struct {
 	metrics     *metrics
 	hasher      *hasher
 	turns       *turns
+	signing     chan struct{} // full when as many signatures are under way as there are CPUs: the rest wait in order of arrival
 	ipRate      *ipLimiter
 	ipFailures  *ipLimiter
 	health      health
@@ -82,6 +83,7 @@ type live struct {
 func New(cfg Config, store *db.Store, schemaReady *atomic.Bool, build Build, log *slog.Logger) *Server {
 	s := &Server{
 		cfg: cfg, store: store, schemaReady: schemaReady, log: log, sampler: newSampler(log),
+		signing:    make(chan struct{}, cpus),
 		ipRate:     newIPLimiter(float64(cfg.IPRatePerSecond), float64(cfg.IPRateBurst)),
 		ipFailures: newIPLimiter(float64(cfg.LoginFailuresPerHourIP)/3600, float64(cfg.LoginFailuresPerHourIP)),
 		metadata:   newMetadata(cfg.Issuer),

@@ -101,9 +101,12 @@ type variable struct {
 	set       func(c *Config, value string) error
 }
 
+// cpus is what the machine and its control group give, read before serve asks
+// the runtime for more processors than that.
+var cpus = runtime.GOMAXPROCS(0)
+
 // variables is the whole configuration.
 func variables() []variable {
-	cpus := runtime.GOMAXPROCS(0)
 	opt := func(name, def string, set func(*Config, string) error) variable {
 		return variable{Name: name, Default: def, set: set}
 	}

@@ -133,6 +133,8 @@ type tokenResponse struct {
 // issue signs an access token for a live session. It needs no database: the
 // session was just written or read under its row's lock.
 func (s *Server) issue(session db.Session, refresh refreshToken) (tokenResponse, error) {
+	s.signing <- struct{}{}
+	defer func() { <-s.signing }()
 	now := time.Now()
 	access, err := s.live.Load().keys.Signer.Sign(jwt.Claims{
 		Issuer:    s.cfg.Issuer,
