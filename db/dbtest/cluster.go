@@ -28,6 +28,7 @@ type cluster struct {
 	dir     string // holds data and log
 	port    int
 	account *syscall.Credential // nil: the test's own
+	more    []string            // settings that win over the common ones
 	janitor *exec.Cmd
 	told    io.WriteCloser // the janitor's standard input
 	pid     int            // of the postmaster
@@ -44,7 +45,7 @@ var settings = []string{
 }
 
 // newCluster initialises a server in a directory of its own and starts it.
-func newCluster() (*cluster, error) {
+func newCluster(more ...string) (*cluster, error) {
 	bin, err := findBinaries()
 	if err != nil {
 		return nil, err
@@ -57,7 +58,7 @@ func newCluster() (*cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &cluster{bin: bin, dir: dir, account: account}
+	c := &cluster{bin: bin, dir: dir, account: account, more: more}
 	if err := c.initialise(); err != nil {
 		return nil, err
 	}
@@ -232,7 +233,7 @@ func (c *cluster) start() error {
 	}
 	defer log.Close()
 	args := []string{"-D", "data", "-p", strconv.Itoa(c.port)}
-	for _, s := range settings {
+	for _, s := range slices.Concat(settings, c.more) {
 		args = append(args, "-c", s)
 	}
 	cmd := c.command(filepath.Join(c.bin, "postgres"), args...)

@@ -13,12 +13,13 @@ type Server struct {
 
 const serverDatabase = "identity_auth"
 
-// Start starts a server with one migrated database. When the test is over, in
+// Start starts a server with one migrated database; settings, such as
+// "fsync=on", win over the package's own. When the test is over, in
 // whatever state it left the server, the database is checked with Check after
 // PostgreSQL's own crash recovery, and everything is removed.
-func Start(t testing.TB) *Server {
+func Start(t testing.TB, settings ...string) *Server {
 	t.Helper()
-	c, err := newCluster()
+	c, err := newCluster(settings...)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -2,10 +2,6 @@ package e2e
 
 import (
 	"bytes"
-	"crypto"
-	"crypto/rsa"
-	"crypto/sha256"
-	"encoding/json"
 	"fmt"
 	"io"
 	"math"
@@ -21,22 +17,19 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/crypto/argon2"
-
 	"github.com/7d-solutions/identity-auth/db/dbtest"
 	"github.com/7d-solutions/identity-auth/natsbus/natstest"
 )
 
-// Benchmarks print ratios to a limit of the machine that is measured before
-// and after each load: the bare computation on as many goroutines as there are
-// cores. Client, service, PostgreSQL and NATS share the machine. A pair counts
-// when both readings of the limit agree within 10 %; what is printed is the
-// median of the pairs that count.
+// Benchmarks print ratios to a limit of the machine, measured before and after
+// each load. Client, service, PostgreSQL and NATS share the machine. A pair
+// counts when both readings of the limit agree within 10 %; what is printed is
+// the median of the pairs that count. bench_test.go is the tools,
+// bench_results_test.go the benchmarks.
 const (
 	wantPairs = 5
 	maxPairs  = 15
 	limitTime = 2 * time.Second
-	loadTime  = 4 * time.Second
 )
 
 // reading is what one load or one limit came to.
@@ -47,40 +40,47 @@ type reading struct {
 	refused float64 // share of requests
 }
 
-// pairs measures limit, load, limit and reports the medians.
-func pairs(b *testing.B, name string, workers int, limit, load func() reading) {
-	var loads, limits []reading
-	for tried := 0; len(loads) < wantPairs && tried < maxPairs; tried++ {
+// measured is a load and the limit before and after it.
+type measured struct{ load, limit reading }
+
+// pairs measures limit, load, limit until enough pairs count.
+func pairs(b *testing.B, limit, load func() reading) []measured {
+	var ms []measured
+	for tried := 0; len(ms) < wantPairs && tried < maxPairs; tried++ {
 		before := limit()
 		r := load()
 		after := limit()
 		if math.Abs(before.rate-after.rate) > 0.1*max(before.rate, after.rate) {
-			b.Logf("does not count: limit %.1f/s before, %s %.1f/s, limit %.1f/s after", before.rate, name, r.rate, after.rate)
+			b.Logf("does not count: limit %.1f/s before, load %.1f/s, limit %.1f/s after", before.rate, r.rate, after.rate)
 			continue
 		}
-		loads = append(loads, r)
-		limits = append(limits, reading{rate: (before.rate + after.rate) / 2, cpu: (before.cpu + after.cpu) / 2})
+		ms = append(ms, measured{r, reading{rate: (before.rate + after.rate) / 2, cpu: (before.cpu + after.cpu) / 2, p99: (before.p99 + after.p99) / 2}})
 	}
-	if len(loads) == 0 {
+	if len(ms) == 0 {
 		b.Fatal("no two readings of the limit agree within 10 %: the machine is too busy")
 	}
-	report := func(unit string, f func(load, limit reading) float64) {
-		values := make([]float64, len(loads))
-		for i := range values {
-			values[i] = f(loads[i], limits[i])
-		}
-		slices.Sort(values)
-		b.ReportMetric(values[len(values)/2], unit)
-	}
 	b.ReportMetric(0, "ns/op")
-	b.ReportMetric(float64(len(loads)), "pairs")
-	report("limit/s", func(_, limit reading) float64 { return limit.rate })
-	report(name+"/s", func(load, _ reading) float64 { return load.rate })
-	report("of-limit", func(load, limit reading) float64 { return load.rate / limit.rate })
-	report("p99/ideal", func(load, limit reading) float64 { return load.p99.Seconds() * limit.rate / float64(workers) })
-	report("CPU/limit-CPU", func(load, limit reading) float64 { return load.cpu / limit.cpu })
-	report("refused", func(load, _ reading) float64 { return load.refused })
+	b.ReportMetric(float64(len(ms)), "pairs")
+	return ms
 }
+
+// report prints the median of f over the pairs.
+func report(b *testing.B, ms []measured, unit string, f func(load, limit reading) float64) {
+	values := make([]float64, len(ms))
+	for i, m := range ms {
+		values[i] = f(m.load, m.limit)
+	}
+	slices.Sort(values)
+	b.ReportMetric(values[len(values)/2], unit)
+}
+
+// The ratios that several benchmarks print.
+func ofLimit(load, limit reading) float64  { return load.rate / limit.rate }
+func loadRate(load, _ reading) float64     { return load.rate }
+func limitRateOf(_, limit reading) float64 { return limit.rate }
+func cpuRatio(load, limit reading) float64 { return load.cpu / limit.cpu }
+func p99Ratio(load, limit reading) float64 { return load.p99.Seconds() / limit.p99.Seconds() }
+func refused(load, _ reading) float64      { return load.refused }
 
 // limitRate runs f on every core for a while.
 func limitRate(f func()) reading {
@@ -113,25 +113,39 @@ func ownCPU() float64 {
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano()).Seconds()
 }
 
-// target is a service under load; the harness's service belongs to tests.
+// target is one replica under load, or the bare handler; the harness's service
+// belongs to tests.
 type target struct {
 	b      *testing.B
 	base   string
 	db     string
 	pid    int
 	client *http.Client
+	stop   func()
+}
+
+// durable is a PostgreSQL that keeps what it acknowledged over a power cut, as
+// one in production does. What the benchmark leaves in it is not checked.
+func durable(b *testing.B) (url string) {
+	url = dbtest.Start(b, "fsync=on", "full_page_writes=on", "synchronous_commit=on", "wal_writer_delay=200ms",
+		"bgwriter_lru_maxpages=100", "shared_buffers=1GB", "max_wal_size=4GB").URL()
+	b.Cleanup(func() { dbtest.Exec(b, url, `DROP SCHEMA identity_auth CASCADE`) })
+	return url
 }
 
 func newTarget(b *testing.B, more ...env) *target {
+	return newReplica(b, durable(b), natstest.New(b).URL(), more...)
+}
+
+// newReplica starts a replica on a migrated database and waits until it is ready.
+func newReplica(b *testing.B, db, nats string, more ...env) *target {
 	path, err := plainBinary()
 	if err != nil {
 		b.Fatal(err)
 	}
 	keys := keyPair()
-	port := strconv.Itoa(20000 + os.Getpid()%10000)
-	t := &target{b: b, base: "http://127.0.0.1:" + port, db: dbtest.Empty(b), client: &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 2000}}}
 	c := env{
-		"DATABASE_URL": t.db, "NATS_URL": natstest.New(b).URL(), "HOST": "127.0.0.1", "PORT": port,
+		"DATABASE_URL": db, "NATS_URL": nats, "HOST": "127.0.0.1", "PORT": freePort(b),
 		"JWT_PRIVATE_KEY_PEM": keys.private, "JWT_PUBLIC_KEY_PEM": keys.public, "JWT_KID": "bench",
 	}
 	for _, m := range append([]env{unlimited}, more...) {
@@ -139,19 +153,28 @@ func newTarget(b *testing.B, more ...env) *target {
 			c[k] = v
 		}
 	}
-	cmd := exec.Command(path)
+	t := launchTarget(b, exec.Command(path), c, "/health/ready")
+	t.db = db
+	return t
+}
+
+// launchTarget starts a server and waits until it answers 200 on path.
+func launchTarget(b *testing.B, cmd *exec.Cmd, c env, path string) *target {
+	t := &target{b: b, base: "http://127.0.0.1:" + c["PORT"], client: &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 2000}}}
 	cmd.Env = c.list()
 	cmd.Stderr = os.Stderr
 	if err := cmd.Start(); err != nil {
 		b.Fatal(err)
 	}
 	t.pid = cmd.Process.Pid
-	b.Cleanup(func() {
+	t.stop = sync.OnceFunc(func() {
+		t.client.CloseIdleConnections()
 		cmd.Process.Signal(syscall.SIGTERM)
 		cmd.Wait()
 	})
-	for end := time.Now().Add(30 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		resp, err := t.client.Get(t.base + "/health/ready")
+	b.Cleanup(t.stop)
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(time.Millisecond) {
+		resp, err := t.client.Get(t.base + path)
 		if err == nil {
 			resp.Body.Close()
 			if resp.StatusCode == 200 {
@@ -159,9 +182,30 @@ func newTarget(b *testing.B, more ...env) *target {
 			}
 		}
 		if time.Now().After(end) {
-			b.Fatal("service is not ready")
+			b.Fatal("server is not ready")
 		}
 	}
+}
+
+// bareHandler is net/http with one handler and nothing around it, in a process
+// of its own: this test binary started again.
+func bareHandler(b *testing.B) *target {
+	return launchTarget(b, exec.Command(os.Args[0]), env{"PORT": freePort(b), bareProcess: "1"}, "/health/live")
+}
+
+const bareProcess = "IDENTITY_AUTH_E2E_BARE_HANDLER"
+
+// serveBare is what the process of bareHandler does, until it is ended.
+func serveBare() error {
+	return http.ListenAndServe("127.0.0.1:"+os.Getenv("PORT"), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("ETag", `"bare"`)
+		if r.Header.Get("If-None-Match") != "" {
+			w.WriteHeader(http.StatusNotModified)
+			return
+		}
+		w.Header().Set("Content-Type", "application/json")
+		io.WriteString(w, `{"status":"live"}`)
+	}))
 }
 
 func (t *target) post(path string, body []byte) (status int, answer []byte) {
@@ -187,8 +231,8 @@ func (t *target) cpu() float64 {
 	return float64(user+system) / 100 // USER_HZ
 }
 
-// run keeps workers busy with call for a while.
-func (t *target) run(workers int, call func(worker int) (ok bool)) reading {
+// run keeps workers busy with call for as long as is said.
+func (t *target) run(workers int, loadTime time.Duration, call func(worker int) (ok bool)) reading {
 	var mu sync.Mutex
 	var took []time.Duration
 	var r reading
@@ -236,62 +280,4 @@ func (t *target) people(n int) []person {
 		}
 	}
 	return ps
-}
-
-// BenchmarkLogin is logins beside bare argon2id of the same cost.
-func BenchmarkLogin(b *testing.B) {
-	salt := make([]byte, 16)
-	limit := func() reading {
-		return limitRate(func() { argon2.IDKey([]byte(password), salt, 3, 64<<10, 1, 32) })
-	}
-	for _, workers := range []int{8, 64} {
-		b.Run(fmt.Sprintf("workers=%d", workers), func(b *testing.B) {
-			t := newTarget(b)
-			people := t.people(workers)
-			pairs(b, "logins", workers, limit, func() reading {
-				return t.run(workers, func(worker int) bool {
-					status, answer := t.post("/api/auth/login", people[worker].loginBody(password))
-					if status != 200 && status != 503 {
-						b.Errorf("login: %d %s", status, answer)
-					}
-					return status == 200
-				})
-			})
-		})
-	}
-}
-
-// BenchmarkRefresh is refreshes beside bare RSA-2048 signatures.
-func BenchmarkRefresh(b *testing.B) {
-	key, digest := keyPair().key, sha256.Sum256([]byte("claims"))
-	limit := func() reading {
-		return limitRate(func() {
-			if _, err := rsa.SignPKCS1v15(nil, key, crypto.SHA256, digest[:]); err != nil {
-				b.Error(err)
-			}
-		})
-	}
-	const workers = 16
-	b.Run(fmt.Sprintf("workers=%d", workers), func(b *testing.B) {
-		t := newTarget(b)
-		held := make([]string, workers)
-		for i, p := range t.people(workers) {
-			_, answer := t.post("/api/auth/login", p.loginBody(password))
-			var got tokens
-			json.Unmarshal(answer, &got)
-			held[i] = got.RefreshToken
-		}
-		pairs(b, "refreshes", workers, limit, func() reading {
-			return t.run(workers, func(worker int) bool {
-				status, answer := t.post("/api/auth/refresh", refreshBody(held[worker]))
-				var got tokens
-				if json.Unmarshal(answer, &got); status != 200 {
-					b.Errorf("refresh: %d %s", status, answer)
-					return false
-				}
-				held[worker] = got.RefreshToken
-				return true
-			})
-		})
-	})
 }

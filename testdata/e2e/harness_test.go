@@ -29,7 +29,12 @@ import (
 	"github.com/7d-solutions/identity-auth/natsbus/natstest"
 )
 
-func TestMain(m *testing.M) { os.Exit(testMain(m)) }
+func TestMain(m *testing.M) {
+	if os.Getenv(bareProcess) != "" {
+		panic(serveBare())
+	}
+	os.Exit(testMain(m))
+}
 
 func testMain(m *testing.M) int {
 	dir, err := os.MkdirTemp("", "identity-auth-e2e-")
@@ -127,7 +132,7 @@ func (w *world) config(more ...env) env {
 	return c
 }
 
-func freePort(t *testing.T) string {
+func freePort(t testing.TB) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
