@@ -216,8 +216,24 @@ func (w *world) stored(stream string) []jetstream.Msg {
 // the stream, nothing else is, and by first copy each user's are in order.
 func (w *world) complete() {
 	w.Helper()
+	users, order := w.nothingLost()
+	for user, ids := range users {
+		for i := range min(len(ids), len(order[user])) {
+			if ids[i] != order[user][i] {
+				w.Errorf("user %s: at place %d of %d is the event that was written in place %d", user, i, len(ids), slices.Index(order[user], ids[i]))
+				break
+			}
+		}
+	}
+}
+
+// nothingLost holds the stream against the outbox: every event is there, and
+// none of rolled-back work. It returns the event ids by user, by first copy in
+// the stream and in the order of writing.
+func (w *world) nothingLost() (users, order map[string][]string) {
+	w.Helper()
 	seen := map[string]bool{}
-	users := map[string][]string{}
+	users, order = map[string][]string{}, map[string][]string{}
 	for _, msg := range w.stored("AUTH_EVENTS") {
 		var e struct {
 			ID   string `json:"event_id"`
@@ -231,7 +247,6 @@ func (w *world) complete() {
 			users[e.User] = append(users[e.User], e.ID)
 		}
 	}
-	order := map[string][]string{}
 	for _, row := range dbtest.Query[string](w.T, w.database, `SELECT user_id || ' ' || event_id FROM outbox ORDER BY seq`) {
 		user, id, _ := strings.Cut(row, " ")
 		order[user] = append(order[user], id)
@@ -243,14 +258,7 @@ func (w *world) complete() {
 	for id := range seen {
 		w.Errorf("event %s tells of what was rolled back", id)
 	}
-	for user, ids := range users {
-		for i := range min(len(ids), len(order[user])) {
-			if ids[i] != order[user][i] {
-				w.Errorf("user %s: at place %d of %d is the event that was written in place %d", user, i, len(ids), slices.Index(order[user], ids[i]))
-				break
-			}
-		}
-	}
+	return users, order
 }
 
 // lines is a log that tests look into.

@@ -501,6 +501,29 @@ func TestPausedHolder(t *testing.T) {
 	w.complete()
 }
 
+// The stream is lost while a holder is paused, and the holder goes on where it
+// was, on a connection that has lived through it all: one late message may come
+// before older ones, but none is lost and what the holder records is void.
+func TestPausedHolderAndStreamLost(t *testing.T) {
+	w := newWorld(t, natstest.New(t))
+	first := w.startChild()
+	load := startLoad(w)
+	w.within(10*time.Second, "the child relays", func() bool { return w.holder() != "" && int64(len(w.outbox())) > w.pending() })
+	holder := w.holder()
+	first.signal(w, syscall.SIGSTOP)
+	w.start()
+	w.within(10*time.Second, "another takes over", func() bool { return w.holder() != holder })
+	w.within(10*time.Second, "and relays", w.bus.Up)
+	if err := w.jetStream().DeleteStream(t.Context(), "AUTH_EVENTS"); err != nil {
+		t.Fatal(err)
+	}
+	w.within(10*time.Second, "the loss is noticed", func() bool { return len(w.log.of("outbox.store_lost")) > 0 })
+	first.signal(w, syscall.SIGCONT)
+	load.stop()
+	w.drained(60 * time.Second)
+	w.nothingLost()
+}
+
 // A holder that is killed is followed within seconds, one that ends at once.
 func TestTakeOver(t *testing.T) {
 	w := newWorld(t, natstest.New(t))
