@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	maxUnderWay  = 1000                   // messages published and not answered; also the rows of one fetch
+	maxUnderWay  = 3000                   // messages published and not answered, below the 4000 of nats.go; also the rows of one fetch
 	maxHeld      = 10000                  // lanes in back-off; beyond that it is an outage of everybody
 	ackTimeout   = 5 * time.Second        // of one message
 	patience     = 250 * time.Millisecond // without any answer, before the batch goes on without the rest
