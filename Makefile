@@ -18,6 +18,9 @@ DESCRIBE := git --git-dir=.git describe --dirty --match 'v[0-9]*'
 VERSION   = $(shell $(DESCRIBE) --tags 2>/dev/null || echo dev)
 COMMIT    = $(shell $(DESCRIBE) --always --abbrev=40 --exclude '*' 2>/dev/null || echo unknown)
 
+# Where build puts the binary.
+OUT = .bin/identity-auth
+
 # Through the environment, so that no shell reads what they hold.
 export FUZZTIME ?= 10s
 export NAME     := $(value NAME)
@@ -32,9 +35,10 @@ run: need-go postgres .bin/nats-server build ## start the service with a Postgre
 	@exec setpriv --pdeathsig TERM testdata/dev/run.sh # stops what it started even if make is killed
 
 .PHONY: test
-test: need-go postgres cc check build ## check and test everything, with the race detector
+test: need-go postgres cc containers check build ## check and test everything, with the race detector
 	CGO_ENABLED=1 go test -race -count=1 -timeout 20m ./...
 	cd testdata/e2e && CGO_ENABLED=1 go test -race -count=1 -timeout 30m ./...
+	@. testdata/dev/lib.sh; say "make test: all passed$$(without_engine)"
 
 .PHONY: check
 check: need-go tools ## gofmt, vet, staticcheck, and who may import what
@@ -43,7 +47,15 @@ check: need-go tools ## gofmt, vet, staticcheck, and who may import what
 .PHONY: build
 build: need-go ## the static binary, .bin/identity-auth
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false \
-		-ldflags "-s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT)" -o .bin/identity-auth .
+		-ldflags "-s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT)" -o $(OUT) .
+
+.PHONY: image
+image: ## the container image, identity-auth:VERSION
+	docker build --build-arg VERSION="$(VERSION)" --build-arg COMMIT="$(COMMIT)" -t "identity-auth:$(VERSION)" .
+
+.PHONY: release
+release: need-go ## binaries, checksums, SBOM and licences in .bin/release
+	@VERSION="$(VERSION)" COMMIT="$(COMMIT)" testdata/dev/release.sh
 
 .PHONY: bench
 bench: need-go postgres tools ## run every benchmark
@@ -81,8 +93,8 @@ tools: need-go .bin/nats-server .bin/staticcheck ## build the pinned nats-server
 .bin/nats-server .bin/staticcheck .bin/govulncheck: testdata/tools/go.mod testdata/tools/go.sum
 	cd testdata/tools && CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w' -o ../../$@ $(package)
 
-.PHONY: postgres cc
-postgres cc: need-go
+.PHONY: postgres cc containers
+postgres cc containers: need-go
 	@testdata/dev/deps.sh $@
 
 .PHONY: need-go

@@ -29,6 +29,7 @@ import (
 
 	"github.com/7d-solutions/identity-auth/auth"
 	"github.com/7d-solutions/identity-auth/db"
+	"github.com/7d-solutions/identity-auth/jwt"
 	"github.com/7d-solutions/identity-auth/migrate"
 	"github.com/7d-solutions/identity-auth/natsbus"
 	"github.com/7d-solutions/identity-auth/sql"
@@ -63,7 +64,9 @@ const usage = `usage: identity-auth [command]
   outbox replay --since T [--until T]
                    send relayed events again, T in RFC 3339
   healthcheck      ask the local /health/ready; exit 0 or 1
-  keygen DIR       make an RSA-3072 pair, DIR/private.pem and DIR/public.pem
+  keygen [--if-absent] DIR
+                   make an RSA-3072 pair, DIR/private.pem and DIR/public.pem;
+                   with --if-absent a pair that is there is kept, and no error
   version          print version, commit and Go version
 
 Configuration is by environment variables: see README.md.
@@ -95,8 +98,14 @@ func run(ctx context.Context, args []string, lookup func(string) (string, bool),
 		return outbox(ctx, rest, lookup, stdout, stderr)
 	case command == "healthcheck" && len(rest) == 0:
 		return healthcheck(ctx, lookup, stderr)
-	case command == "keygen" && len(rest) == 1:
+	case command == "keygen" && len(rest) == 1 && rest[0] != "--if-absent":
 		return keygen(rest[0], stdout, stderr)
+	case command == "keygen" && len(rest) == 2 && rest[0] == "--if-absent":
+		if holdsPair(rest[1]) {
+			fmt.Fprintf(stdout, "kept the pair in %s\n", rest[1])
+			return exitOK
+		}
+		return keygen(rest[1], stdout, stderr)
 	case command == "version" && len(rest) == 0:
 		b := auth.ReadBuild(version, commit)
 		fmt.Fprintf(stdout, "identity-auth %s commit %s %s\n", b.Version, b.Revision, b.GoVersion)
@@ -584,6 +593,19 @@ func keygen(dir string, stdout, stderr io.Writer) int {
 	}
 	fmt.Fprintf(stdout, "wrote %s and %s\n", filepath.Join(dir, "private.pem"), filepath.Join(dir, "public.pem"))
 	return exitOK
+}
+
+// holdsPair tells whether dir has both halves of one pair. If it has anything
+// else, keygen refuses to overwrite it.
+func holdsPair(dir string) bool {
+	private, privateErr := os.ReadFile(filepath.Join(dir, "private.pem"))
+	public, publicErr := os.ReadFile(filepath.Join(dir, "public.pem"))
+	if privateErr != nil || publicErr != nil {
+		return false
+	}
+	key, privateErr := jwt.ParsePrivateKeyPEM(private)
+	pub, publicErr := jwt.ParsePublicKeyPEM(public)
+	return privateErr == nil && publicErr == nil && key.PublicKey.Equal(pub)
 }
 
 func writeNew(path string, mode os.FileMode, block *pem.Block) error {

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# deps.sh postgres|cc ... finds these on the machine, or gets them from the
+# deps.sh postgres|cc|containers|mmdebstrap ... finds these on the machine, or gets them from the
 # distribution, or says in one sentence how to get them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -12,6 +12,9 @@ c_compiler() {
 	read -ra cc < <(go env CC)
 	"${cc[@]}" -fsyntax-only -x c - <<<'#include <stdlib.h>' 2>/dev/null
 }
+
+# has_compose asks for either form of Docker Compose.
+has_compose() { docker compose version >/dev/null 2>&1 || docker-compose version >/dev/null 2>&1; }
 
 # get SENTENCE PACKAGE... installs packages, asking for no more than apt-get itself does.
 get() {
@@ -41,6 +44,18 @@ for need in "$@"; do
 		c_compiler && continue
 		get "$sentence" gcc libc6-dev
 		c_compiler || fail "$sentence"
+		;;
+	containers) # without an engine nothing is needed: the tests say that they had none
+		docker_engine || continue
+		sentence="A Docker engine is here, but no Docker Compose: as root, 'apt-get install docker-compose' on Debian or Ubuntu; elsewhere, install the compose plugin."
+		has_compose && continue
+		get "$sentence" docker-compose
+		has_compose || fail "$sentence"
+		;;
+	mmdebstrap)
+		sentence="Images that cannot be pulled are made with mmdebstrap: as root, 'apt-get install mmdebstrap' on Debian or Ubuntu."
+		command -v mmdebstrap >/dev/null && continue
+		get "$sentence" mmdebstrap
 		;;
 	*) fail "deps.sh: no such need: $need" ;;
 	esac

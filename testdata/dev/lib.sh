@@ -33,3 +33,11 @@ postgres_bin() {
 	done
 	return 1
 }
+
+# docker_engine succeeds when a Docker engine answers.
+docker_engine() { command -v docker >/dev/null && timeout 30 docker version >/dev/null 2>&1; }
+
+# without_engine prints what the tests left out, for the end of the last line.
+without_engine() {
+	docker_engine || printf '%s' '; not run, since no Docker engine answers here: the image and docker-compose.yml'
+}

@@ -323,7 +323,7 @@ func TestValuesFromFiles(t *testing.T) {
 func TestUsage(t *testing.T) {
 	t.Parallel()
 	for _, args := range [][]string{
-		{"frobnicate"}, {"Serve"}, {"serve", "now"}, {"migrate", "down"}, {"migrate", "status", "now"}, {"keygen"}, {"keygen", "a", "b"},
+		{"frobnicate"}, {"Serve"}, {"serve", "now"}, {"migrate", "down"}, {"migrate", "status", "now"}, {"keygen"}, {"keygen", "a", "b"}, {"keygen", "--if-absent"}, {"keygen", "--if-absent", "a", "b"},
 		{"healthcheck", "now"}, {"version", "now"}, {"user"}, {"user", "get", "tenant"}, {"import"}, {"outbox"}, {"outbox", "frobnicate"}, {"--frobnicate"}, {"-x", "serve"}, {""},
 	} {
 		got := execute(t, bare(t), args...)
@@ -430,6 +430,61 @@ func TestKeygen(t *testing.T) {
 	}
 	if got := execute(t, env{}, "keygen", dir); got.code != 1 || string(read("private.pem")) != "precious" {
 		t.Errorf("keygen beside a private key: got exit code %d and %q, want 1 and the old file", got.code, read("private.pem"))
+	}
+}
+
+// What a container does at each start: the first makes the pair, all others
+// keep it, and nothing that is no pair is taken for one.
+func TestKeygenIfAbsent(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	path := func(name string) string { return filepath.Join(dir, name) }
+	both := func() string {
+		t.Helper()
+		private, err := os.ReadFile(path("private.pem"))
+		public, err2 := os.ReadFile(path("public.pem"))
+		if err := errors.Join(err, err2); err != nil {
+			t.Fatal(err)
+		}
+		return string(private) + string(public)
+	}
+	var pair string
+	for i := range 2 {
+		if got := execute(t, env{}, "keygen", "--if-absent", dir); got.code != 0 {
+			t.Fatalf("run %d: got exit code %d, %q, want 0", i+1, got.code, got.stderr)
+		}
+		if now := both(); i == 0 {
+			pair = now
+		} else if now != pair {
+			t.Error("the second run has changed the pair")
+		}
+	}
+	other := newKeyPair()
+	for _, row := range []struct{ name, file, content string }{
+		{"the public key of another pair", "public.pem", other.public},
+		{"an empty public key", "public.pem", ""},
+		{"an unreadable private key", "private.pem", "precious"},
+	} {
+		old, err := os.ReadFile(path(row.file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path(row.file), []byte(row.content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		before := both()
+		if got := execute(t, env{}, "keygen", "--if-absent", dir); got.code != 1 || both() != before {
+			t.Errorf("%s: got exit code %d, files kept: %v, want 1 and the files as they were", row.name, got.code, both() == before)
+		}
+		if err := os.WriteFile(path(row.file), old, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Remove(path("public.pem")); err != nil {
+		t.Fatal(err)
+	}
+	if got := execute(t, env{}, "keygen", "--if-absent", dir); got.code != 1 {
+		t.Errorf("half a pair: got exit code %d, want 1", got.code)
 	}
 }
 
