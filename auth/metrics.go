@@ -103,7 +103,8 @@ func newMetrics(build Build, poolStats func() db.PoolStats, routes []route) *met
 	m.rateLimited = counter("auth_rate_limited_total", "Requests refused with 429 by scope of the limit.", "scope", "ip", "email", "session")
 	m.requestDuration = prometheus.NewHistogramVec(prometheus.HistogramOpts{
 		Name: "auth_http_request_duration_seconds", Help: "HTTP requests by method, route pattern and status.",
-		Buckets: []float64{0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.9, 1.2, 2.5, 5, 10},
+		// 0.4, 0.5, 0.9 and 1.2 are the objectives of deploy/prometheus/alerts.yaml.
+		Buckets: []float64{0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.9, 1.2, 2.5, 5, 10},
 	}, []string{"method", "route", "status"})
 	reg.MustRegister(m.requestDuration)
 	for _, r := range routes {
