@@ -18,6 +18,7 @@ type client struct {
 	accounts []*knownAccount
 	all      []*knownAccount // that it has asked to register
 	settled  bool            // no fault comes any more, and nothing is under way
+	refused  bool            // the last call found the service busy or away
 }
 
 // knownAccount is what its client knows of it.
@@ -47,6 +48,12 @@ func (c *client) as(kind string, a *knownAccount) call {
 	return call{kind: kind, client: c.name, replica: c.rng.IntN(len(c.base)), user: a.UserID}
 }
 
+func (c *client) do(made call, method, path string, body any, bearer string) call {
+	made = c.recorder.do(made, method, path, body, bearer)
+	c.refused = made.status == 503 || made.status == 0
+	return made
+}
+
 func (c *client) pause(longest time.Duration) {
 	time.Sleep(time.Duration(c.rng.Int64N(int64(longest))))
 }
@@ -61,6 +68,9 @@ func (c *client) live(stop <-chan struct{}) {
 		}
 		c.step()
 		c.pause(30 * time.Millisecond)
+		if c.refused {
+			c.pause(300 * time.Millisecond)
+		}
 	}
 }
 
@@ -83,7 +93,7 @@ func (c *client) step() {
 	}
 	s := a.sessions[c.rng.IntN(len(a.sessions))]
 	switch {
-	case dice < 68:
+	case dice < 73:
 		c.refresh(a, s)
 	case dice < 76:
 		c.race(a, s)
