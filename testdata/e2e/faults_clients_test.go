@@ -281,7 +281,7 @@ func (c *client) attack(a *knownAccount, stop <-chan struct{}) {
 		select {
 		case <-stop:
 			return
-		case <-time.After(time.Duration(c.rng.Int64N(int64(900 * time.Millisecond)))):
+		case <-time.After(time.Duration(c.rng.Int64N(int64(1500 * time.Millisecond)))):
 		}
 	}
 }
