@@ -65,6 +65,7 @@ bench: need-go postgres tools ## run every benchmark
 .PHONY: torture
 torture: need-go postgres tools ## the long fault tests, and a minute of every fuzz target
 	go test -tags torture -run Torture -count=1 -timeout 30m -v ./natsbus
+	cd testdata/e2e && go test -tags torture -run Torture -count=1 -timeout 60m -v .
 	FUZZTIME=60s testdata/dev/fuzz.sh
 
 .PHONY: fuzz

@@ -33,6 +33,7 @@ type cluster struct {
 	told    io.WriteCloser // the janitor's standard input
 	pid     int            // of the postmaster
 	exited  chan struct{}  // closed once that has been waited for
+	orphans []int          // children of a postmaster that was killed alone
 }
 
 // settings are the server's defaults; a session may change the first ones.
@@ -46,6 +47,18 @@ var settings = []string{
 
 // newCluster initialises a server in a directory of its own and starts it.
 func newCluster(more ...string) (*cluster, error) {
+	return makeCluster(more, "initdb", "-D", "data", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync", "--no-instructions")
+}
+
+// newStandby copies a running server and starts the copy as its standby.
+func newStandby(primary *cluster) (*cluster, error) {
+	return makeCluster(primary.more, "pg_basebackup", "-D", "data", "-d", fmt.Sprintf("host=127.0.0.1 port=%d user=postgres", primary.port),
+		"--write-recovery-conf", "--wal-method=stream", "--checkpoint=fast", "--no-sync")
+}
+
+// makeCluster starts a server on the data directory that a program of
+// PostgreSQL's makes.
+func makeCluster(more []string, program string, args ...string) (*cluster, error) {
 	bin, err := findBinaries()
 	if err != nil {
 		return nil, err
@@ -59,7 +72,7 @@ func newCluster(more ...string) (*cluster, error) {
 		return nil, err
 	}
 	c := &cluster{bin: bin, dir: dir, account: account, more: more}
-	if err := c.initialise(); err != nil {
+	if err := c.initialise(append([]string{filepath.Join(bin, program)}, args...)); err != nil {
 		return nil, err
 	}
 	for range 5 { // another process may take a free port before the server does
@@ -180,7 +193,9 @@ func (c *cluster) command(name string, args ...string) *exec.Cmd {
 // PostgreSQL's immediate shutdown, which frees its shared memory.
 const janitorScript = `
 trap '' PIPE
-"$2" -D data -U postgres -A trust -E UTF8 --locale=C --no-sync --no-instructions >log 2>&1
+dir=$1
+shift
+"$@" >log 2>&1
 echo $?
 exec >/dev/null 2>&1
 while read -r line; do pid=$line; done
@@ -190,11 +205,12 @@ if [ -n "$pid" ]; then
 	n=0
 	while [ -e data/postmaster.pid ] && [ $n -lt 100 ]; do sleep 0.1; n=$((n + 1)); done
 fi
-rm -rf "$1"`
+rm -rf "$dir"`
 
-// initialise starts the janitor, which runs initdb.
-func (c *cluster) initialise() error {
-	c.janitor = c.command("/bin/sh", "-c", janitorScript, "janitor", c.dir, filepath.Join(c.bin, "initdb"))
+// initialise starts the janitor, which runs the command that makes the data
+// directory.
+func (c *cluster) initialise(command []string) error {
+	c.janitor = c.command("/bin/sh", append([]string{"-c", janitorScript, "janitor", c.dir}, command...)...)
 	told, errIn := c.janitor.StdinPipe()
 	status, errOut := c.janitor.StdoutPipe()
 	if err := errors.Join(errIn, errOut, c.janitor.Start()); err != nil {
@@ -203,7 +219,7 @@ func (c *cluster) initialise() error {
 	}
 	c.told = told
 	if line, _ := bufio.NewReader(status).ReadString('\n'); line != "0\n" {
-		err := fmt.Errorf("initdb: exit status %q\n%s", line, c.logTail())
+		err := fmt.Errorf("%s: exit status %q\n%s", filepath.Base(command[0]), line, c.logTail())
 		c.close()
 		return err
 	}
@@ -227,6 +243,12 @@ func (c *cluster) url(database string) string {
 
 // start starts the server and waits until it answers.
 func (c *cluster) start() error {
+	for _, pid := range c.orphans { // PostgreSQL refuses to start beside them
+		if err := waitState(pid, "Z"); err != nil {
+			return err
+		}
+	}
+	c.orphans = nil
 	log, err := os.OpenFile(filepath.Join(c.dir, "log"), os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
@@ -333,6 +355,29 @@ func (c *cluster) kill() error {
 	<-c.exited
 	for _, pid := range pids[1:] {
 		err = errors.Join(err, waitState(pid, "Z")) // a zombie stays where init does not care
+	}
+	return err
+}
+
+// killPostmaster kills that process alone. Its children leave when they notice.
+func (c *cluster) killPostmaster() error {
+	pids, err := c.processes()
+	if err != nil {
+		return err
+	}
+	c.orphans = pids[1:]
+	if err := syscall.Kill(c.pid, syscall.SIGKILL); err != nil {
+		return err
+	}
+	<-c.exited
+	return nil
+}
+
+// recover waits until the server answers, and starts it if it has ended.
+func (c *cluster) recover() error {
+	err := c.waitReady()
+	if err != nil && !c.running() {
+		return c.start()
 	}
 	return err
 }

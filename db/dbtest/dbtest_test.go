@@ -142,8 +142,11 @@ func TestServerFaults(t *testing.T) {
 		t.Error("a killed server takes connections")
 	}
 	s.Restart()
-	s.Stop()
+	s.KillPostmaster()
 	s.Restart()
+	s.Stop()
+	s.Recover()
+	s.Recover()
 	s.Restart()
 	s.Pause() // the cleanup copes
 }
@@ -166,6 +169,25 @@ func TestKillTellsSynchronousCommits(t *testing.T) {
 	if !lost {
 		t.Error("no commit with the default synchronous_commit was lost by a kill")
 	}
+}
+
+// What a primary has answered is there when its standby takes over.
+func TestStandby(t *testing.T) {
+	primary := dbtest.Start(t)
+	const insert = `SET synchronous_commit = on; INSERT INTO rate_windows SELECT sha256(gen_random_uuid()::text::bytea), now(), 1, now()`
+	dbtest.Exec(t, primary.URL(), insert)
+	standby := primary.Standby()
+	dbtest.Exec(t, primary.URL(), insert)
+	if !dbtest.Value[bool](t, standby.URL(), `SELECT pg_is_in_recovery()`) {
+		t.Error("the standby takes writes before it is promoted")
+	}
+	primary.Kill()
+	standby.Promote()
+	dbtest.Exec(t, standby.URL(), insert)
+	if got := dbtest.Value[int](t, standby.URL(), `SELECT count(*)::int FROM rate_windows`); got != 3 {
+		t.Errorf("rows after the promotion: got %d, want 3", got)
+	}
+	primary.Close()
 }
 
 // TestNothingOutlivesTheTests kills a test process that has both kinds of

@@ -206,6 +206,9 @@ func (s *Server) URL() string {
 // down, and so cut a store back to an earlier state.
 func (s *Server) StoreDir() string { return filepath.Join(s.dir, "store") }
 
+// Pid is the server's process id.
+func (s *Server) Pid() int { return s.process.Pid }
+
 // Kill ends the server with SIGKILL.
 func (s *Server) Kill() { s.t.Helper(); s.end(syscall.SIGKILL) }
 
