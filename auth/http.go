@@ -308,8 +308,10 @@ func (s *Server) wrap(mux *http.ServeMux, origins []string) http.Handler {
 		defer cancel()
 		r = r.WithContext(ctx)
 		setHeaders(w.Header(), trace)
-		if s.health.draining.Load() {
-			w.Header().Set("Connection", "close") // kept-alive clients leave before the connection is shut on them
+		// Kept-alive clients leave before the connection is shut on them. Of a length beside chunks, and of chunks in
+		// HTTP/1.0, net/http says nothing: what follows may be a part of the body to a proxy (RFC 9112 section 6.1).
+		if s.health.draining.Load() || len(r.TransferEncoding) > 0 || !r.ProtoAtLeast(1, 1) {
+			w.Header().Set("Connection", "close")
 		}
 		defer func() {
 			if cause := recover(); cause != nil {

@@ -555,44 +555,6 @@ func TestLimitOfFailuresByAddress(t *testing.T) {
 	}
 }
 
-// TestClientAddress: who the log says has asked.
-func TestClientAddress(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t)
-	behind := held(t, w.start(cheap, unlimited, env{"TRUSTED_PROXIES": "127.0.0.1,10.0.0.0/8"}))
-	direct := held(t, w.start(cheap, unlimited))
-	for _, row := range []struct {
-		name      string
-		s         *service
-		forwarded string
-		want      string
-	}{
-		{"no header", behind, "", "127.0.0.1"},
-		{"one entry", behind, "198.51.100.1", "198.51.100.1"},
-		{"IPv6", behind, "2001:DB8::1", "2001:db8::1"},
-		{"a chain of proxies", behind, "198.51.100.1,10.0.0.1, 10.255.0.1", "198.51.100.1"},
-		{"the rightmost that is no proxy", behind, "203.0.113.1, 198.51.100.1", "198.51.100.1"},
-		{"proxies only", behind, "10.0.0.2, 10.0.0.1", "10.0.0.2"},
-		{"garbage", behind, "unknown", "127.0.0.1"},
-		{"garbage behind a proxy", behind, "<script>, 10.0.0.1", "10.0.0.1"},
-		{"an address with a port", behind, "198.51.100.1:4711", "198.51.100.1"},
-		{"a peer that is not trusted", direct, "198.51.100.1", "127.0.0.1"},
-		{"a peer that is not trusted, again", direct, "198.51.100.2", "127.0.0.1"},
-	} {
-		trace := newUUID()
-		row.s.do("POST", refreshPath, []byte(`{"refresh_token":"none"}`), "X-Forwarded-For", row.forwarded, "X-Trace-Id", trace)
-		if got := lineOf(t, row.s, "auth.refresh", trace)["client_ip"]; got != row.want {
-			t.Errorf("%s: got client_ip %v, want %s", row.name, got, row.want)
-		}
-	}
-	if got := len(direct.logged("config.untrusted_proxy")); got != 1 {
-		t.Errorf("config.untrusted_proxy lines: got %d, want 1", got)
-	}
-	if got := len(behind.logged("config.untrusted_proxy")); got != 0 {
-		t.Errorf("config.untrusted_proxy lines with the proxy trusted: got %d, want 0", got)
-	}
-}
-
 func TestWeakPasswords(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

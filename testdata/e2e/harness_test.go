@@ -254,6 +254,16 @@ func (s *service) tail(n int) []string {
 	return slices.Clone(s.lines[max(0, len(s.lines)-n):])
 }
 
+// linesWith counts the log lines so far that hold a text, such as a trace id.
+func (s *service) linesWith(text string) (n int) {
+	for _, line := range s.tail(1 << 30) {
+		if strings.Contains(line, text) {
+			n++
+		}
+	}
+	return n
+}
+
 // logged returns the log lines of one event so far.
 func (s *service) logged(event string) []map[string]any {
 	s.mu.Lock()

@@ -14,8 +14,6 @@ import (
 	"sync"
 	"testing"
 	"time"
-	"unicode"
-	"unicode/utf8"
 
 	"github.com/7d-solutions/identity-auth/db/dbtest"
 	"github.com/7d-solutions/identity-auth/natsbus/natstest"
@@ -714,69 +712,6 @@ func TestHashBusy(t *testing.T) {
 	for a := s.post(registerPath, p); a.status != 201; a = s.post(registerPath, p) {
 		wantCode(t, "register beside others", a, 503, "hash_busy")
 	}
-}
-
-// TestClientTextCannotForgeLines: one request is one line, whatever the client
-// calls itself; what cannot be printed is not.
-func TestClientTextCannotForgeLines(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t)
-	s := held(t, w.start(cheap, unlimited))
-	for _, row := range []struct{ name, agent, want string }{ // want "": only the rules below
-		{"plain", "curl/8.5.0", "curl/8.5.0"},
-		{"letters beyond ASCII", "Größe 日本 🐎", "Größe 日本 🐎"},
-		{"quotes and a brace", `x","level":"ERROR","event":"forged","y":"`, `x","level":"ERROR","event":"forged","y":"`},
-		{"escapes", `x\n{"event":"forged"}\u000a`, `x\n{"event":"forged"}\u000a`},
-		{"NEL", "x\u0085{\"event\":\"forged\"}", ""},
-		{"line separator", "x\u2028{\"event\":\"forged\"}", ""},
-		{"paragraph separator", "x\u2029{\"event\":\"forged\"}", ""},
-		{"right-to-left override", "x\u202eresu_nimda", ""},
-		{"isolates", "x\u2066y\u2069", ""},
-		{"zero width", "ad\u200bmin", ""},
-		{"a tab", "x\ty", ""},
-		{"invalid UTF-8", "x\xff\xfe\xc0\xaf", ""},
-		{"invalid UTF-8 of 8 KiB", strings.Repeat("\xff", 8<<10), ""},
-		{"continuation bytes of 8 KiB", strings.Repeat("\x80", 8<<10), ""},
-		{"256 bytes", strings.Repeat("x", 256), strings.Repeat("x", 256)},
-		{"257 bytes", strings.Repeat("x", 257), strings.Repeat("x", 256)},
-		{"8 KiB", strings.Repeat("x", 8<<10), strings.Repeat("x", 256)},
-		{"8 KiB of 2 bytes each, the cut between them", "x" + strings.Repeat("ö", 4<<10), "x" + strings.Repeat("ö", 127)},
-		{"8 KiB of 4 bytes each, the cut between them", "xy" + strings.Repeat("🐎", 2<<10), "xy" + strings.Repeat("🐎", 63)},
-	} {
-		trace := newUUID()
-		s.do("POST", refreshPath, []byte(`{"refresh_token":"none"}`), "User-Agent", row.agent, "X-Trace-Id", trace)
-		line := lineOf(t, s, "auth.refresh", trace)
-		got, _ := line["user_agent"].(string)
-		if row.want != "" && got != row.want {
-			t.Errorf("%s: got user_agent %q, want %q", row.name, got, row.want)
-		}
-		if len(got) > 256 || !utf8.ValidString(got) {
-			t.Errorf("%s: got a user_agent of %d bytes, want at most 256 bytes of UTF-8", row.name, len(got))
-		}
-		for _, r := range got {
-			if unicode.IsControl(r) || unicode.In(r, unicode.Cf, unicode.Zl, unicode.Zp) {
-				t.Errorf("%s: got user_agent %q with %U in it", row.name, got, r)
-			}
-		}
-		lines := 0
-		for _, text := range s.tail(1 << 30) {
-			if strings.Contains(text, trace) {
-				lines++
-			}
-		}
-		if lines != 1 {
-			t.Errorf("%s: got %d lines, want 1", row.name, lines)
-		}
-	}
-	if got := s.logged("forged"); len(got) != 0 {
-		t.Errorf("got %d forged lines", len(got))
-	}
-	// The session keeps the name it was given in the same form.
-	tok := s.do("POST", loginPath, s.register().loginBody(password), "User-Agent", strings.Repeat("x\u202e", 4<<10)).tokens(t)
-	if got := dbtest.Value[string](t, w.db, `SELECT user_agent FROM sessions`); len(got) > 256 || strings.Contains(got, "\u202e") {
-		t.Errorf("user_agent of the session: got %d bytes: %q", len(got), got)
-	}
-	wantCode(t, "refresh", s.refresh(tok.RefreshToken), 200, "")
 }
 
 // TestFloodIsSampled: lines of failures repeat at most so often, and those that

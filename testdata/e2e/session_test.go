@@ -482,8 +482,6 @@ func bearerTokens(t *testing.T, w *world, a, b *service) {
 	tok, ended, expired, strangers := a.login(p), a.login(p), a.login(p), a.login(stranger)
 	a.logout(ended.RefreshToken)
 	dbtest.Exec(t, w.db, `UPDATE sessions SET expires_at = clock_timestamp() - interval '1 second' WHERE id = $1`, sessionID(t, expired))
-	a.post(forgotPath, map[string]string{"tenant_id": p.TenantID, "email": p.Email})
-	reset := resetTokens(t, w, p, 1)[0]
 
 	with := func(name string, value any) string {
 		c := claims(t, tok.AccessToken)
@@ -502,8 +500,6 @@ func bearerTokens(t *testing.T, w *world, a, b *service) {
 		{"no scheme", []string{"Authorization", tok.AccessToken}},
 		{"basic", []string{"Authorization", "Basic " + base64.StdEncoding.EncodeToString([]byte(p.Email+":"+p.Password))}},
 		{"garbage", bearer("garbage")},
-		{"a refresh token", bearer(tok.RefreshToken)},
-		{"a reset token", bearer(reset)},
 		{"of a session that was ended", bearer(ended.AccessToken)},
 		{"of a session that is over", bearer(expired.AccessToken)},
 		{"expired", bearer(with("exp", time.Now().Add(-31*time.Second).Unix()))},
@@ -522,11 +518,6 @@ func bearerTokens(t *testing.T, w *world, a, b *service) {
 		wantInvalidToken(t, row.name+": logout-all", b.do("POST", logoutAllPath, nil, row.headers...))
 		wantInvalidToken(t, row.name+": password", b.do("POST", passwordPath, change, row.headers...))
 	}
-	wantCode(t, "a reset token to refresh", a.refresh(reset), 401, "invalid_refresh_token")
-	wantCode(t, "a reset token to log out", a.logout(reset), 401, "invalid_refresh_token")
-	wantCode(t, "an access token to refresh", a.refresh(tok.AccessToken), 401, "invalid_refresh_token")
-	wantCode(t, "an access token to reset", a.post(resetPath, map[string]string{"token": tok.AccessToken, "new_password": password}), 400, "invalid_reset_token")
-	wantCode(t, "a refresh token to reset", a.post(resetPath, map[string]string{"token": tok.RefreshToken, "new_password": password}), 400, "invalid_reset_token")
 
 	wantLives(t, "after all that was refused", tok, b)
 	wantLives(t, "the other user, after all that was refused", strangers, b)
