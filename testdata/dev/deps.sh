@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# deps.sh postgres|cc ... finds these on the machine, or gets them from the
+# deps.sh postgres|cc|spin ... finds these on the machine, or gets them from the
 # distribution, or says in one sentence how to get them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -41,6 +41,12 @@ for need in "$@"; do
 		c_compiler && continue
 		get "$sentence" gcc libc6-dev
 		c_compiler || fail "$sentence"
+		;;
+	spin)
+		sentence="The model of refresh tokens needs spin and a C compiler: as root, 'apt-get install spin gcc libc6-dev' on Debian or Ubuntu; elsewhere, put spin and gcc on PATH."
+		command -v spin >/dev/null && command -v gcc >/dev/null && continue
+		get "$sentence" spin gcc libc6-dev
+		command -v spin >/dev/null && command -v gcc >/dev/null || fail "$sentence"
 		;;
 	*) fail "deps.sh: no such need: $need" ;;
 	esac
