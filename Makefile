@@ -63,7 +63,8 @@ bench: need-go postgres tools ## run every benchmark
 	cd testdata/e2e && go test -run '^$$' -bench . -timeout 30m .
 
 .PHONY: torture
-torture: need-go postgres tools ## the long fault tests, and a minute of every fuzz target
+torture: need-go postgres spin tools ## the model of refresh tokens, the long fault tests, and a minute of every fuzz target
+	testdata/model/check.sh
 	go test -tags torture -run Torture -count=1 -timeout 30m -v ./natsbus
 	cd testdata/e2e && go test -tags torture -run Torture -count=1 -timeout 60m -v .
 	FUZZTIME=60s testdata/dev/fuzz.sh
@@ -94,8 +95,8 @@ tools: need-go .bin/nats-server .bin/staticcheck ## build the pinned nats-server
 .bin/nats-server .bin/staticcheck .bin/govulncheck: testdata/tools/go.mod testdata/tools/go.sum
 	cd testdata/tools && CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w' -o ../../$@ $(package)
 
-.PHONY: postgres cc containers
-postgres cc containers: need-go
+.PHONY: postgres cc containers spin
+postgres cc containers spin: need-go
 	@testdata/dev/deps.sh $@
 
 .PHONY: need-go

@@ -71,6 +71,10 @@ func FuzzDecodeObject(f *testing.F) {
 	for _, seed := range []string{`{"a":"x"}`, `{"a":"\ud83d\ude00","b":null}`, `{"a":"x","a":"y"}`, `{"a":"\ud800"}`, "{\"a\":\"\xff\"}", `{"A":"x"}`, `[`, `{"a":{"a":[]}}`} {
 		f.Add([]byte(seed))
 	}
+	for _, text := range rfc8259Texts {
+		f.Add([]byte(text))
+		f.Add([]byte(`{"a":` + text + `}`))
+	}
 	f.Fuzz(func(t *testing.T, body []byte) {
 		var in pairRequest
 		if decodeObject(body, in.members()) != nil {

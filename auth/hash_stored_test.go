@@ -93,6 +93,10 @@ func FuzzParseHash(f *testing.F) {
 		f.Add(row.hash)
 	}
 	f.Add("$argon2id$v=19$m=065536,t=2,p=1$c29tZXNhbHQ$CTFhFdXPJO1aFaMaO6Mm5c8y7cJHAph8ArZWb2GRPPc")
+	// RFC 9106 section 5, its tags without the secret and the associated data that no PHC string holds.
+	f.Add("$argon2id$v=19$m=32,t=3,p=4$AgICAgICAgICAgICAgICAg$DWQN9Y14dmwIwDejSotTydAe8EUtdbZetSUg6WsB5lk")
+	f.Add("$argon2i$v=19$m=32,t=3,p=4$AgICAgICAgICAgICAgICAg$yBTZ0dx/N6oT8NIRX2LdfR6WbPUL2xOJGOUz9Ab1XLU")
+	f.Add("$argon2d$v=19$m=32,t=3,p=4$AgICAgICAgICAgICAgICAg$USs5G282YpdTcdMJGXNCNwE+yIGRgEkQfQ0EGgsiSyE")
 	f.Add("pbkdf2_sha256$1000$salt$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=")
 	f.Fuzz(func(t *testing.T, s string) {
 		h, err := parseHash(s, today)

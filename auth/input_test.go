@@ -67,6 +67,11 @@ func TestClientAddr(t *testing.T) {
 func FuzzClientAddr(f *testing.F) {
 	f.Add("198.51.100.1, 10.2.2.2")
 	f.Add("fe80::1%eth0, ,")
+	for _, list := range []string{ // as RFC 7239 sections 4, 6 and 7.4 have them
+		`"_gazonk"`, `"[2001:db8:cafe::17]:4711"`, "192.0.2.60", "192.0.2.43, 198.51.100.17", "192.0.2.43, 2001:db8:cafe::17", "unknown, _hidden, _SEVKISEK", "192.0.2.43:47011",
+	} {
+		f.Add(list)
+	}
 	trusted := []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}
 	f.Fuzz(func(t *testing.T, header string) {
 		peer := netip.MustParseAddr("10.0.0.1")
@@ -118,6 +123,11 @@ func TestTraceID(t *testing.T) {
 func FuzzTraceparent(f *testing.F) {
 	f.Add("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
 	f.Add("cc-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-x")
+	f.Add("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01") // W3C Trace Context 3.2.4
+	f.Add("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00")
+	f.Add("00-00000000000000000000000000000000-00f067aa0ba902b7-01") // what 3.2.2.3 and 3.2.2.4 forbid
+	f.Add("00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01")
+	f.Add("ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")
 	f.Fuzz(func(t *testing.T, s string) {
 		id, ok := parseTraceparent(s)
 		if ok && (len(id) != 32 || !isLowerHex(id) || !strings.Contains(s, "-"+id+"-")) {

@@ -247,6 +247,8 @@ func TestKeySetIsImmutable(t *testing.T) {
 // What is accepted has keys, and says the same when it is written and read again.
 func FuzzParseJWKS(f *testing.F) {
 	f.Add([]byte(rfc7517A1))
+	f.Add([]byte(rfc7517A3))
+	f.Add([]byte(rfc7517EC))
 	f.Add([]byte(jwks(goodJWK(), otherJWK())))
 	f.Add([]byte(jwks(edit(goodJWK(), `"use":"sig"`, `"key_ops":["verify"]`))))
 	f.Add([]byte(jwks(edit(goodJWK(), `"use"`, `"d":"AQAB","use"`))))

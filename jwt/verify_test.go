@@ -482,6 +482,12 @@ func FuzzVerify(f *testing.F) {
 	f.Add(edit(goodHeader, "RS256", "none"), `{"aud":["api"]}`, "..")
 	f.Add(`{"alg":"RS256","crit":[],"\u0061lg":1}`, edit(goodPayload, `"sub"`, `"roles":[1e9,{"a":"\ud834\udd1e"}],"sub"`), "a.b.c")
 	f.Add(``, edit(goodPayload, `"sub"`, `"amr":["pwd"],"tenant_id":"t","sid":"s","nbf":1,"auth_time":0,"sub"`), ".")
+	for _, token := range rfc7515Tokens {
+		f.Add(goodHeader, rfc7519Claims, token)
+	}
+	for _, header := range rfcHeaders {
+		f.Add(header, rfc9068Claims, rfc7515A2)
+	}
 	v, s := testVerifier(f), testSigner(f)
 	f.Fuzz(func(t *testing.T, header, payload, token string) {
 		if c, err := v.VerifyAt(t.Context(), token, issued); err != nil && !errors.Is(err, ErrInvalid) {

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# deps.sh postgres|cc|containers|mmdebstrap ... finds these on the machine, or gets them from the
+# deps.sh postgres|cc|containers|mmdebstrap|spin ... finds these on the machine, or gets them from the
 # distribution, or says in one sentence how to get them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -56,6 +56,12 @@ for need in "$@"; do
 		sentence="Images that cannot be pulled are made with mmdebstrap: as root, 'apt-get install mmdebstrap' on Debian or Ubuntu."
 		command -v mmdebstrap >/dev/null && continue
 		get "$sentence" mmdebstrap
+		;;
+	spin)
+		sentence="The model of refresh tokens needs spin and a C compiler: as root, 'apt-get install spin gcc libc6-dev' on Debian or Ubuntu; elsewhere, put spin and gcc on PATH."
+		command -v spin >/dev/null && command -v gcc >/dev/null && continue
+		get "$sentence" spin gcc libc6-dev
+		command -v spin >/dev/null && command -v gcc >/dev/null || fail "$sentence"
 		;;
 	*) fail "deps.sh: no such need: $need" ;;
 	esac
