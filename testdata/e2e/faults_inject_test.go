@@ -147,13 +147,6 @@ var faults = []fault{
 
 const storeDeleted = "NATS's store deleted"
 
-// together tells whether two faults may overlap. A relay that was stopped, with
-// the store lost meanwhile, may publish one message out of order: package
-// natsbus says so.
-func (f fault) together(g fault) bool {
-	return f.nats != g.nats && !(f.name == "replica stopped" && g.name == storeDeleted)
-}
-
 // open begins a span of a replica that ready ends.
 func (r *faultRun) open(spans *[]span, replica int) {
 	r.mu.Lock()
