@@ -180,21 +180,16 @@ func (ch *chain) successor(token string, by time.Duration) string {
 // is good for nothing; and the current one is never refused without a cause.
 func checkChains(h *history) (violations []string) {
 	users := h.byUser()
-	type place struct {
-		session, family string
-		generation      uint64
-	}
-	tokens := map[place]string{}
+	tokens := map[refreshParts]string{}
 	for _, c := range h.calls {
 		if c.got == "" {
 			continue
 		}
 		t := parseRefresh(c.got)
-		at := place{t.session, t.family, t.generation}
-		if other := tokens[at]; other != "" && other != c.got {
+		if other := tokens[t]; other != "" && other != c.got {
 			violations = append(violations, fmt.Sprintf("two tokens of generation %d: %s", t.generation, c))
 		}
-		tokens[at] = c.got
+		tokens[t] = c.got
 		if p := parseRefresh(c.token); c.kind == opRefresh && (p.session != t.session || p.family != t.family || p.generation+1 != t.generation) {
 			violations = append(violations, "a token that does not follow the one presented: "+c.String())
 		}

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -11,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/jackc/pgx/v5"
 
 	"github.com/7d-solutions/identity-auth/db/dbtest"
 )
@@ -107,6 +110,9 @@ var faults = []fault{
 	}},
 	{"PostgreSQL's disk full", false, outage, func(r *faultRun) func() {
 		free := r.disks[r.at].fill(r.pg.Postmaster())
+		if r.rng.IntN(2) == 0 {
+			r.useUpWAL()
+		}
 		return func() {
 			free()
 			r.pg.Recover()
@@ -141,13 +147,6 @@ var faults = []fault{
 
 const storeDeleted = "NATS's store deleted"
 
-// together tells whether two faults may overlap. A relay that was stopped, with
-// the store lost meanwhile, may publish one message out of order: package
-// natsbus says so.
-func (f fault) together(g fault) bool {
-	return f.nats != g.nats && !(f.name == "replica stopped" && g.name == storeDeleted)
-}
-
 // open begins a span of a replica that ready ends.
 func (r *faultRun) open(spans *[]span, replica int) {
 	r.mu.Lock()
@@ -170,6 +169,22 @@ func (r *faultRun) backend() int {
 		r.t.Fatal("no replica is connected to PostgreSQL")
 	}
 	return pids[r.rng.IntN(min(3, len(pids)))]
+}
+
+// useUpWAL makes PostgreSQL need a new WAL file, of which it keeps some ahead.
+// On a full disk that is a crash.
+func (r *faultRun) useUpWAL() {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	conn, err := pgx.Connect(ctx, r.pg.URL())
+	for range 10 {
+		if err == nil {
+			_, err = conn.Exec(ctx, `SELECT pg_logical_emit_message(false, '', ''), pg_switch_wal()`)
+		}
+	}
+	if conn != nil {
+		conn.Close(ctx)
+	}
 }
 
 // disk is a small file system of a server's own. Where mounting one is not
