@@ -197,11 +197,12 @@ func (a Argon2Params) dummy(password string) bool {
 }
 
 // adviseHugePages asks the system for huge pages at the addresses that hash
-// buffers will have: the runtime gives a buffer the lowest that are free. Argon2
-// reads its buffer at random and in small pages misses the TLB all the time.
-// An advice that is not taken costs time, nothing else.
+// buffers will have: the runtime gives a buffer the lowest that are free, so
+// twice as many as there are slots leave room for what is between two
+// collections. Argon2 reads its buffer at random and in small pages misses the
+// TLB all the time. An advice that is not taken costs time, nothing else.
 func (h *hasher) adviseHugePages() {
-	buffers := make([][]byte, cap(h.slots))
+	buffers := make([][]byte, 2*cap(h.slots))
 	for i := range buffers {
 		buffers[i] = make([]byte, int(h.params.MemoryKiB)*1024) // not written to: no memory yet
 		syscall.Madvise(buffers[i], syscall.MADV_HUGEPAGE)
