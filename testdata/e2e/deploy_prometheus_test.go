@@ -1,10 +1,10 @@
 package e2e
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -15,11 +15,11 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"go.yaml.in/yaml/v4"
 
 	"github.com/7d-solutions/identity-auth/db/dbtest"
@@ -440,99 +440,56 @@ func attacksAndOutages(t *testing.T) *prometheus {
 	return p
 }
 
-// slowAnswers has two replicas with a slow network to PostgreSQL, one for logins
-// and one for refreshes: the first needs several round trips, the other one.
+// slowAnswers has somebody lock the table of sessions again and again, for longer
+// than every objective: each login and each refresh waits for that.
 func slowAnswers(t *testing.T) *prometheus {
 	w := newWorld(t)
-	near := w.db
-	address := regexp.MustCompile(`127\.0\.0\.1:\d+`).FindString(near)
-	loginDelay, refreshDelay := slowProxy(t, address), slowProxy(t, address)
-	few := env{"DATABASE_MAX_CONNECTIONS": "3", "READY_REQUIRES_NATS": "false"}
-	logins := w.startPlain(cheap, unlimited, few, env{"DATABASE_URL": strings.Replace(near, address, loginDelay.address, 1)})
-	refreshes := w.startPlain(cheap, unlimited, few, env{"DATABASE_URL": strings.Replace(near, address, refreshDelay.address, 1)})
-	p := startPrometheus(t, logins, refreshes)
-
-	stop := make(chan struct{})
-	var clients sync.WaitGroup
-	for range 4 {
-		person := logins.register()
-		token := logins.login(person).RefreshToken
-		loop := func(once func()) {
-			clients.Go(func() {
-				for {
-					select {
-					case <-stop:
-						return
-					default:
-						once()
-					}
-				}
-			})
-		}
-		loop(func() { logins.try("POST", loginPath, person.loginBody(password)) })
-		loop(func() {
-			var next tokens
-			if a, err := refreshes.try("POST", refreshPath, refreshBody(token)); err == nil && json.Unmarshal(a.body, &next) == nil && next.RefreshToken != "" {
-				token = next.RefreshToken
-			}
-		})
+	s := w.startPlain(cheap, unlimited, env{"DATABASE_MAX_CONNECTIONS": "8"})
+	var people []person
+	var sessions []string
+	for range 6 {
+		one := s.register()
+		people, sessions = append(people, one), append(sessions, s.login(one).RefreshToken)
 	}
-	defer clients.Wait()
-	defer close(stop)
-	loginDelay.delay.Store(int64(700 * time.Millisecond))
-	refreshDelay.delay.Store(int64(time.Second))
-	p.fires(nil, slices.Concat([]string{"IdentityAuthSlowP95", "IdentityAuthSlowP99", "IdentityAuthPoolExhausted"},
-		burning("login_p95"), burning("login_p99"), burning("refresh_p95"), burning("refresh_p99"))...)
-	loginDelay.delay.Store(0)
-	refreshDelay.delay.Store(0)
-	return p
-}
+	p := startPrometheus(t, s)
 
-// proxy leads to a server and holds its answers back.
-type proxy struct {
-	address string
-	delay   atomic.Int64
-}
-
-func slowProxy(t *testing.T, server string) *proxy {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	ctx, stop := context.WithCancel(t.Context())
+	var all sync.WaitGroup
+	defer all.Wait()
+	defer stop()
+	locker, err := pgx.Connect(ctx, w.db)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { l.Close() })
-	p := &proxy{address: l.Addr().String()}
-	go func() {
-		for {
-			client, err := l.Accept()
-			if err != nil {
+	all.Go(func() {
+		defer locker.Close(context.WithoutCancel(ctx))
+		// On one connection: the next lock is asked for before a client's next request is there.
+		for ctx.Err() == nil {
+			_, err := locker.Exec(ctx, `DO $$ BEGIN LOCK TABLE identity_auth.sessions IN EXCLUSIVE MODE; PERFORM pg_sleep(1.4); END $$`)
+			if err != nil && ctx.Err() == nil {
+				t.Error(err)
 				return
 			}
-			go p.carry(client, server)
 		}
-	}()
+	})
+	for i := range people {
+		all.Go(func() {
+			for ctx.Err() == nil {
+				s.try("POST", loginPath, people[i].loginBody(password))
+			}
+		})
+		all.Go(func() {
+			for ctx.Err() == nil {
+				var next tokens
+				if a, err := s.try("POST", refreshPath, refreshBody(sessions[i])); err == nil && json.Unmarshal(a.body, &next) == nil && next.RefreshToken != "" {
+					sessions[i] = next.RefreshToken
+				}
+			}
+		})
+	}
+	p.fires(nil, slices.Concat([]string{"IdentityAuthSlowP95", "IdentityAuthSlowP99", "IdentityAuthPoolExhausted"},
+		burning("login_p95"), burning("login_p99"), burning("refresh_p95"), burning("refresh_p99"))...)
 	return p
-}
-
-func (p *proxy) carry(client net.Conn, server string) {
-	defer client.Close()
-	far, err := net.Dial("tcp", server)
-	if err != nil {
-		return
-	}
-	defer far.Close()
-	go func() {
-		io.Copy(far, client)
-		far.Close()
-	}()
-	buf := make([]byte, 64<<10)
-	for {
-		n, err := far.Read(buf)
-		time.Sleep(time.Duration(p.delay.Load()))
-		if _, werr := client.Write(buf[:n]); err != nil || werr != nil {
-			return
-		}
-	}
 }
 
 // checkDashboard asks Prometheus what each panel would: every query has an
