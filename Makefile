@@ -48,7 +48,7 @@ check: need-go tools ## gofmt, vet, staticcheck, and who may import what
 .PHONY: build
 build: need-go ## the static binary, .bin/identity-auth
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false \
-		-ldflags "-s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT)" -o $(OUT) .
+		-ldflags "-s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT)" -o "$(OUT)" .
 
 .PHONY: image
 image: ## the container image, identity-auth:VERSION

@@ -65,20 +65,21 @@ context() {
 	esac
 }
 
+# function_text NAME prints a function of this file: what an image is made by.
+function_text() { sed -n "/^$1()/,/^[})]/p" testdata/dev/images.sh; }
+
 # make_one NAME makes a stand-in, unless the one in the cache is made of the same.
-make_one() {
-	local name=$1 want dir
-	want=$(cat testdata/dev/images.sh "testdata/images/$name"/* go.sum <(go version) testdata/tools/go.sum | sha256sum | cut -c 1-32)
-	[[ $(label $cache:"$name") != "$want" ]] || return 0
+make_one() (
+	name=$1
+	want=$({ function_text context && cat "testdata/images/$name"/* go.sum testdata/tools/go.sum && go version; } | sha256sum | cut -c 1-32)
+	[[ $(label $cache:"$name") != "$want" ]] || exit 0
 	say "Making a stand-in for ${images[$name]}."
 	dir=$(mktemp -d)
-	if context "$name" "$dir" && docker build -q --label "$cache=$want" -t $cache:"$name" "$dir" >/dev/null; then
-		rm -rf "$dir"
-	else
-		rm -rf "$dir"
-		fail "The stand-in for ${images[$name]} could not be made: see above."
-	fi
-}
+	trap 'rm -rf "$dir"' EXIT
+	context "$name" "$dir"
+	out=$(docker build --label "$cache=$want" -t $cache:"$name" "$dir" 2>&1) ||
+		fail "$out" "The stand-in for ${images[$name]} could not be made: see above."
+)
 
 up() {
 	local name missing=() root
@@ -96,7 +97,7 @@ up() {
 		done
 		return 0
 	fi
-	root=$(sed -n '/^tar_root()/,/^}/p' testdata/dev/images.sh | sha256sum | cut -c 1-32)
+	root=$(function_text tar_root | sha256sum | cut -c 1-32)
 	if [[ $(label $cache:debian) != "$root" ]]; then
 		testdata/dev/deps.sh mmdebstrap
 		say "Making a small Debian for the stand-ins of images that cannot be pulled."

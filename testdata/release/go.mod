@@ -1,0 +1,3 @@
+module identity-auth-release
+
+go 1.26.0
