@@ -50,10 +50,6 @@ build: need-go ## the static binary, .bin/identity-auth
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false \
 		-ldflags "-s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT)" -o "$(OUT)" .
 
-.PHONY: release
-release: need-go ## binaries for linux amd64 and arm64, checksums, SBOM, licences: .bin/release
-	@VERSION="$(VERSION)" COMMIT="$(COMMIT)" testdata/dev/release.sh
-
 .PHONY: image
 image: ## the container image, identity-auth:VERSION
 	docker build --build-arg VERSION="$(VERSION)" --build-arg COMMIT="$(COMMIT)" -t "identity-auth:$(VERSION)" .

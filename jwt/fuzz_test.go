@@ -54,7 +54,7 @@ func FuzzParsePrivateKeyPEM(f *testing.F) {
 		if _, err := ParsePublicKeyPEM([]byte(block("PUBLIC KEY", must(x509.MarshalPKIXPublicKey(&key.PublicKey))))); err != nil {
 			t.Fatal(err)
 		}
-			if signer.KeyID() != "k" {
+		if signer.KeyID() != "k" {
 			t.Fatal("another kid")
 		}
 	})
