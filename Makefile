@@ -35,7 +35,7 @@ run: need-go postgres .bin/nats-server build ## start the service with a Postgre
 	@exec setpriv --pdeathsig TERM testdata/dev/run.sh # stops what it started even if make is killed
 
 .PHONY: test
-test: need-go postgres prometheus systemd cc containers check build ## check and test everything, with the race detector
+test: need-go postgres curl prometheus systemd cc containers check build ## check and test everything, with the race detector
 	CGO_ENABLED=1 go test -race -count=1 -timeout 20m ./...
 	cd testdata/e2e && CGO_ENABLED=1 go test -race -count=1 -timeout 60m ./...
 	cd testdata/manifests && go test -count=1 ./...
@@ -96,8 +96,8 @@ tools: need-go .bin/nats-server .bin/staticcheck ## build the pinned nats-server
 .bin/nats-server .bin/staticcheck .bin/govulncheck: testdata/tools/go.mod testdata/tools/go.sum
 	cd testdata/tools && CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w' -o ../../$@ $(package)
 
-.PHONY: postgres prometheus systemd cc containers spin
-postgres prometheus systemd cc containers spin: need-go
+.PHONY: postgres curl prometheus systemd cc containers spin
+postgres curl prometheus systemd cc containers spin: need-go
 	@testdata/dev/deps.sh $@
 
 .PHONY: need-go

@@ -54,7 +54,7 @@ say "so does the other"
 login
 say "the account logs in"
 password=wrong-$password
-api POST /api/auth/login "{\"tenant_id\":\"$tenant\",\"email\":\"$email\",\"password\":\"$password\"}"
+try_login
 want 401 "a wrong password"
 
 printf '\nThe backup holds accounts and sessions.\n'

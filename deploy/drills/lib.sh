@@ -9,7 +9,7 @@ fail() {
 	exit 1
 }
 
-# need NAME... stops when a variable is missing, and prints what the drill is for.
+# need NAME... stops when a variable is missing.
 need() {
 	local name
 	for name in "$@"; do
@@ -18,7 +18,7 @@ need() {
 }
 
 # help prints the comment at the head of a drill.
-help() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
+help() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"; }
 
 # api METHOD PATH JSON [CURL OPTION...] sets status and body. No answer is 000.
 api() {
@@ -46,9 +46,11 @@ register() {
 	want 201 "register"
 }
 
+try_login() { api POST /api/auth/login "{\"tenant_id\":\"$tenant\",\"email\":\"$email\",\"password\":\"$password\"}"; }
+
 # login begins a session and sets access and refresh.
 login() {
-	api POST /api/auth/login "{\"tenant_id\":\"$tenant\",\"email\":\"$email\",\"password\":\"$password\"}"
+	try_login
 	want 200 "login"
 	access=$(member access_token) refresh=$(member refresh_token)
 }

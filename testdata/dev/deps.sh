@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# deps.sh postgres|cc|prometheus|systemd|containers|mmdebstrap|spin ... finds
+# deps.sh postgres|cc|curl|prometheus|systemd|containers|mmdebstrap|spin ... finds
 # these on the machine, or gets them from the distribution, or says in one
 # sentence how to get them.
 set -euo pipefail
@@ -100,6 +100,11 @@ for need in "$@"; do
 		command -v spin >/dev/null && command -v gcc >/dev/null && continue
 		get "$sentence" spin gcc libc6-dev
 		command -v spin >/dev/null && command -v gcc >/dev/null || fail "$sentence"
+		;;
+	curl)
+		sentence="The drills need curl: as root, 'apt-get install curl' on Debian or Ubuntu."
+		command -v curl >/dev/null && continue
+		get "$sentence" curl
 		;;
 	prometheus)
 		sentence="Prometheus 2.42 or later is needed, and its promtool: on Debian 12, Ubuntu 24.04 or later, as root, 'apt-get update' once; elsewhere, put both programs on PATH."
