@@ -151,6 +151,10 @@ func TestFaultCheckersAreContent(t *testing.T) {
 			s.control = []span{{0, 2 * time.Second, 4 * time.Second}}
 			s.call(call{kind: opListSessions, status: 200, begin: time.Second, end: 14 * time.Second})
 		}},
+		{"a slow machine, on which a guess is cut off", 0, func(s *story) {
+			s.control = []span{{0, 2 * time.Second, 4 * time.Second}}
+			s.call(call{kind: opGuess, status: 0, begin: time.Second, end: 19 * time.Second})
+		}},
 		{"an account is deleted and its events with it", 0, func(s *story) {
 			s.call(call{kind: opDeleteAccount, status: 200, session: session1}, evRevoked, evDeleted)
 			s.outbox = nil
@@ -310,6 +314,9 @@ func TestFaultCheckersSeeViolations(t *testing.T) {
 		}},
 		{answers, "took 6.5s, want at most 5s", 0, func(s *story) {
 			s.call(call{kind: opRefresh, status: 503, token: t1, begin: time.Second, end: 7500 * time.Millisecond})
+		}},
+		{answers, "took 18s, want at most 15s", 0, func(s *story) { // and was cut off
+			s.call(call{kind: opGuess, status: 0, begin: time.Second, end: 19 * time.Second})
 		}},
 		{answers, "took 10s, want at most 8s", 0, func(s *story) {
 			s.call(call{kind: opLogin, status: 503, begin: time.Second, end: 11 * time.Second})

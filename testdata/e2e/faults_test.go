@@ -258,7 +258,7 @@ SELECT json_build_object('seq', seq, 'id', event_id, 'type', event_type, 'trace'
 		n[c.result]++
 		kinds[fmt.Sprint(c.kind, " ", c.status)]++
 	}
-	if n[ok] < 50 || kinds["guess 401"] < r.h.threshold || kinds["guess 423"] == 0 {
+	if n[ok] < 50 || kinds["guess 401"] < r.h.threshold { // on a machine that is fast enough, many times that
 		r.t.Errorf("too little happened to judge: %v", kinds)
 	}
 	for _, c := range checkers {
