@@ -4,7 +4,7 @@
 # up: an image that is here stays, and one that can be pulled is pulled. For the
 # others stand-ins are made from the distribution's packages, this machine's Go and
 # the pinned nats-server. They are kept as identity-auth-stand-in, and have the
-# name of the image they stand for only until down.
+# name of the image they stand for only until down. One run at a time on an engine.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . testdata/dev/lib.sh
@@ -109,12 +109,14 @@ up() {
 	done
 }
 
-# down takes the names away from stand-ins again. A real image keeps its name.
+# down takes the names away from stand-ins again, and removes what was built on
+# them and has no name of its own. A real image keeps its name.
 down() {
 	local name
 	for name in "${!images[@]}"; do
 		[[ -z $(label "${images[$name]}") ]] || docker rmi "${images[$name]}" >/dev/null
 	done
+	docker image prune -f --filter "label=$cache" >/dev/null
 }
 
 docker_engine || fail "No Docker engine answers here."

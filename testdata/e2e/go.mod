@@ -4,6 +4,7 @@ go 1.26.0
 
 require (
 	github.com/7d-solutions/identity-auth v0.0.0
+	github.com/CycloneDX/cyclonedx-go v0.12.0
 	github.com/getkin/kin-openapi v0.153.0
 	github.com/go-jose/go-jose/v4 v4.1.9
 	github.com/golang-jwt/jwt/v5 v5.3.1

@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"bytes"
-	"encoding/json"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -10,6 +9,9 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/CycloneDX/cyclonedx-go"
+	"github.com/santhosh-tekuri/jsonschema/v6"
 )
 
 // TestRelease: make release builds every binary twice alike, and what goes along
@@ -61,16 +63,26 @@ func TestRelease(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var sbom struct {
-		BOMFormat  string
-		Components []struct{ Name, Version string }
+	checkCycloneDX(t, data)
+	var sbom cyclonedx.BOM
+	if err := cyclonedx.NewBOMDecoder(bytes.NewReader(data), cyclonedx.BOMFileFormatJSON).Decode(&sbom); err != nil {
+		t.Fatal(err)
 	}
-	if err := json.Unmarshal(data, &sbom); err != nil || sbom.BOMFormat != "CycloneDX" {
-		t.Fatalf("no CycloneDX document: %v", err)
-	}
+	refs := []string{sbom.Metadata.Component.BOMRef}
 	var got []string
-	for _, c := range sbom.Components {
+	for _, c := range *sbom.Components {
 		got = append(got, c.Name+"@"+c.Version)
+		refs = append(refs, c.BOMRef)
+		if c.Licenses == nil || len(*c.Licenses) == 0 {
+			t.Errorf("SBOM: %s has no licence", c.Name)
+		}
+	}
+	for _, d := range *sbom.Dependencies {
+		for _, ref := range append([]string{d.Ref}, *d.Dependencies...) {
+			if !slices.Contains(refs, ref) {
+				t.Errorf("SBOM: %s is a dependency and no component", ref)
+			}
+		}
 	}
 	slices.Sort(got)
 	if !slices.Equal(got, want) {
@@ -86,5 +98,41 @@ func TestRelease(t *testing.T) {
 		if !bytes.Contains(licenses, []byte(name)) {
 			t.Errorf("LICENSES lacks %s", name)
 		}
+	}
+}
+
+// checkCycloneDX holds a document against the published schema, which comes with
+// the library that reads it.
+func checkCycloneDX(t *testing.T, document []byte) {
+	t.Helper()
+	const site, schema = "http://cyclonedx.org/schema/", "bom-1.6.schema.json"
+	dir, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "github.com/CycloneDX/cyclonedx-go").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	compiler := jsonschema.NewCompiler()
+	for name, file := range map[string]string{schema: schema, "spdx.schema.json": "spdx.schema.json", "jsf-0.82.schema.json": "jsf-0.82.schemax.json"} {
+		text, err := os.ReadFile(filepath.Join(strings.TrimSpace(string(dir)), "schema", file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		parsed, err := jsonschema.UnmarshalJSON(bytes.NewReader(text))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := compiler.AddResource(site+name, parsed); err != nil {
+			t.Fatal(err)
+		}
+	}
+	compiled, err := compiler.Compile(site + schema)
+	if err != nil {
+		t.Fatal(err)
+	}
+	value, err := jsonschema.UnmarshalJSON(bytes.NewReader(document))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := compiled.Validate(value); err != nil {
+		t.Errorf("not CycloneDX 1.6: %v", err)
 	}
 }
