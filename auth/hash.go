@@ -8,7 +8,6 @@ import (
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"golang.org/x/crypto/argon2"
@@ -196,25 +195,9 @@ func (a Argon2Params) dummy(password string) bool {
 	return false
 }
 
-// adviseHugePages asks the system for huge pages at the addresses that hash
-// buffers will have: the runtime gives a buffer the lowest that are free, so
-// twice as many as there are slots leave room for what is between two
-// collections. Argon2 reads its buffer at random and in small pages misses the
-// TLB all the time. An advice that is not taken costs time, nothing else.
-func (h *hasher) adviseHugePages() {
-	buffers := make([][]byte, 2*cap(h.slots))
-	for i := range buffers {
-		buffers[i] = make([]byte, int(h.params.MemoryKiB)*1024) // not written to: no memory yet
-		syscall.Madvise(buffers[i], syscall.MADV_HUGEPAGE)
-	}
-	clear(buffers)
-	runtime.GC()
-}
-
 // Run learns what a hash costs here, before a first flood has to, and then
 // gives memory back to the system whenever hashing has paused.
 func (h *hasher) Run(ctx context.Context) {
-	h.adviseHugePages()
 	if p, err := h.queue(); err == nil {
 		p.run(ctx, func(time.Duration) {
 			begun := time.Now()

@@ -673,7 +673,10 @@ func TestHashBusy(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	s := held(t, w.start(unlimited, env{"MAX_CONCURRENT_HASHES": "1", "HASH_ACQUIRE_TIMEOUT": "1ms", "LOCKOUT_THRESHOLD": "100"}))
-	p := s.register()
+	p := newPerson()
+	eventually(t, "the hash by which the service learns its pace has left the slot", 30*time.Second, func() bool {
+		return s.post(registerPath, p).status == 201
+	})
 	refused := s.growth(`auth_login_total{result="hash_busy"}`)
 	const agent = "the one who was refused"
 	busy := 0
