@@ -98,32 +98,32 @@ type variable struct {
 	Default   string
 	Required  bool
 	emptyFile bool // an empty file means not set, as an empty variable does
-	set       func(c *Config, value string) error
+	set       func(value string) error
 }
 
 // cpus is what the machine and its control group give, read before serve asks
 // the runtime for more processors than that.
 var cpus = runtime.GOMAXPROCS(0)
 
-// variables is the whole configuration.
-func variables() []variable {
-	opt := func(name, def string, set func(*Config, string) error) variable {
+// variables is the whole configuration; what they are set to is in c.
+func variables(c *Config) []variable {
+	opt := func(name, def string, set func(string) error) variable {
 		return variable{Name: name, Default: def, set: set}
 	}
 	pem := func(name string, required bool) variable {
-		return variable{Name: name, Required: required, emptyFile: !required, set: func(c *Config, v string) error {
+		return variable{Name: name, Required: required, emptyFile: !required, set: func(v string) error {
 			c.pems[name] = v
 			return nil
 		}}
 	}
 	return []variable{
-		{Name: "DATABASE_URL", Required: true, set: func(c *Config, v string) error {
+		{Name: "DATABASE_URL", Required: true, set: func(v string) error {
 			c.DatabaseURL = Secret{v}
 			return db.CheckURL(v)
 		}},
-		{Name: "NATS_URL", Required: true, set: natsServers},
-		opt("NATS_CREDS_FILE", "", readableFile(func(c *Config) *string { return &c.NATSCredsFile })),
-		opt("NATS_CA_FILE", "", readableFile(func(c *Config) *string { return &c.NATSCAFile })),
+		{Name: "NATS_URL", Required: true, set: natsServers(&c.NATSURL)},
+		opt("NATS_CREDS_FILE", "", readableFile(&c.NATSCredsFile)),
+		opt("NATS_CA_FILE", "", readableFile(&c.NATSCAFile)),
 		pem("JWT_PRIVATE_KEY_PEM", true),
 		pem("JWT_PUBLIC_KEY_PEM", true),
 		pem("JWT_KID", true),
@@ -131,23 +131,23 @@ func variables() []variable {
 		pem("JWT_PREV_KID", false),
 		pem("JWT_NEXT_PUBLIC_KEY_PEM", false),
 		pem("JWT_NEXT_KID", false),
-		opt("JWT_ISSUER", "identity-auth", text(func(c *Config) *string { return &c.Issuer })),
-		opt("JWT_AUDIENCE", "identity-auth", text(func(c *Config) *string { return &c.Audience })),
-		opt("ACCESS_TOKEN_TTL", "15m", duration(func(c *Config) *time.Duration { return &c.AccessTokenTTL }, time.Second, 24*time.Hour)),
-		opt("REFRESH_TOKEN_TTL", "336h", duration(func(c *Config) *time.Duration { return &c.RefreshTokenTTL }, time.Second, 10*365*24*time.Hour)),
-		opt("SESSION_MAX_AGE", "720h", duration(func(c *Config) *time.Duration { return &c.SessionMaxAge }, time.Second, 10*365*24*time.Hour)),
-		opt("REFRESH_REUSE_GRACE", "0s", duration(func(c *Config) *time.Duration { return &c.ReuseGrace }, 0, time.Hour)),
-		opt("MAX_SESSIONS_PER_USER", "100", number(func(c *Config) *int { return &c.MaxSessions }, 0, 100_000)),
-		opt("HOST", "0.0.0.0", text(func(c *Config) *string { return &c.Host })),
-		opt("PORT", "8080", func(c *Config, v string) error {
+		opt("JWT_ISSUER", "identity-auth", text(&c.Issuer)),
+		opt("JWT_AUDIENCE", "identity-auth", text(&c.Audience)),
+		opt("ACCESS_TOKEN_TTL", "15m", duration(&c.AccessTokenTTL, time.Second, 24*time.Hour)),
+		opt("REFRESH_TOKEN_TTL", "336h", duration(&c.RefreshTokenTTL, time.Second, 10*365*24*time.Hour)),
+		opt("SESSION_MAX_AGE", "720h", duration(&c.SessionMaxAge, time.Second, 10*365*24*time.Hour)),
+		opt("REFRESH_REUSE_GRACE", "0s", duration(&c.ReuseGrace, 0, time.Hour)),
+		opt("MAX_SESSIONS_PER_USER", "100", number(&c.MaxSessions, 0, 100_000)),
+		opt("HOST", "0.0.0.0", text(&c.Host)),
+		opt("PORT", "8080", func(v string) error {
 			var port int
-			err := number(func(*Config) *int { return &port }, 1, 65535)(c, v)
+			err := number(&port, 1, 65535)(v)
 			c.Port = v
 			return err
 		}),
-		opt("TLS_CERT_FILE", "", readableFile(func(c *Config) *string { return &c.TLSCertFile })),
-		opt("TLS_KEY_FILE", "", readableFile(func(c *Config) *string { return &c.TLSKeyFile })),
-		opt("ADMIN_ADDR", "", func(c *Config, v string) error {
+		opt("TLS_CERT_FILE", "", readableFile(&c.TLSCertFile)),
+		opt("TLS_KEY_FILE", "", readableFile(&c.TLSKeyFile)),
+		opt("ADMIN_ADDR", "", func(v string) error {
 			c.AdminAddr = v
 			_, port, err := net.SplitHostPort(v)
 			if n, perr := strconv.Atoi(port); err != nil || perr != nil || n < 1 || n > 65535 {
@@ -155,42 +155,42 @@ func variables() []variable {
 			}
 			return nil
 		}),
-		opt("ADMIN_TOKEN", "", secret(func(c *Config) *Secret { return &c.AdminToken }, 32)),
-		opt("REGISTER_TOKEN", "", secret(func(c *Config) *Secret { return &c.RegisterToken }, 1)),
-		opt("TRUSTED_PROXIES", "", trustedProxies),
-		opt("CORS_ORIGINS", "", corsOrigins),
-		opt("DATABASE_MAX_CONNECTIONS", strconv.Itoa(max(8, 4*cpus)), number(func(c *Config) *int { return &c.DatabaseMaxConnections }, 2, 10_000)),
-		opt("MIGRATE_ON_START", "true", boolean(func(c *Config) *bool { return &c.MigrateOnStart })),
+		opt("ADMIN_TOKEN", "", secret(&c.AdminToken, 32)),
+		opt("REGISTER_TOKEN", "", secret(&c.RegisterToken, 1)),
+		opt("TRUSTED_PROXIES", "", trustedProxies(&c.TrustedProxies)),
+		opt("CORS_ORIGINS", "", corsOrigins(&c.CORSOrigins)),
+		opt("DATABASE_MAX_CONNECTIONS", strconv.Itoa(max(8, 4*cpus)), number(&c.DatabaseMaxConnections, 2, 10_000)),
+		opt("MIGRATE_ON_START", "true", boolean(&c.MigrateOnStart)),
 		// OWASP Password Storage Cheat Sheet: m=19 MiB, t=2, p=1 is the floor.
-		opt("ARGON2_MEMORY_KIB", "65536", number32(func(c *Config) *uint32 { return &c.Argon2.MemoryKiB }, 19456, 4<<20)),
-		opt("ARGON2_ITERATIONS", "3", number32(func(c *Config) *uint32 { return &c.Argon2.Iterations }, 2, 64)),
-		opt("ARGON2_PARALLELISM", "1", number32(func(c *Config) *uint32 { return &c.Argon2.Parallelism }, 1, 64)),
-		opt("MAX_CONCURRENT_HASHES", strconv.Itoa(cpus), number(func(c *Config) *int { return &c.MaxConcurrentHashes }, 1, 1024)),
-		opt("HASH_ACQUIRE_TIMEOUT", "2s", duration(func(c *Config) *time.Duration { return &c.HashAcquireTimeout }, time.Millisecond, requestTimeout)),
-		opt("PASSWORD_MIN_LENGTH", "12", number(func(c *Config) *int { return &c.PasswordMinLength }, 8, 128)),
-		opt("PASSWORD_BLOCKLIST_FILE", "", readableFile(func(c *Config) *string { return &c.blocklistFile })),
-		opt("LOCKOUT_THRESHOLD", "5", number(func(c *Config) *int { return &c.LockoutThreshold }, 1, 100)),
-		opt("LOCKOUT_DURATION", "15m", duration(func(c *Config) *time.Duration { return &c.LockoutDuration }, time.Second, 30*24*time.Hour)),
-		opt("LOGIN_PER_MIN_PER_EMAIL", "10", number(func(c *Config) *int { return &c.LoginPerMinute }, 0, 100_000)),
-		opt("REGISTER_PER_MIN_PER_EMAIL", "5", number(func(c *Config) *int { return &c.RegisterPerMinute }, 0, 100_000)),
-		opt("REFRESH_PER_MIN_PER_TOKEN", "20", number(func(c *Config) *int { return &c.RefreshPerMinute }, 0, 100_000)),
-		opt("FORGOT_PER_HOUR_PER_EMAIL", "5", number(func(c *Config) *int { return &c.ForgotPerHour }, 0, 100_000)),
-		opt("IP_RATE_PER_SECOND", "20", number(func(c *Config) *int { return &c.IPRatePerSecond }, 0, 1_000_000)),
-		opt("IP_RATE_BURST", "60", number(func(c *Config) *int { return &c.IPRateBurst }, 0, 1_000_000)),
-		opt("LOGIN_FAILURES_PER_HOUR_PER_IP", "100", number(func(c *Config) *int { return &c.LoginFailuresPerHourIP }, 0, 1_000_000)),
-		opt("PASSWORD_RESET_TTL", "30m", func(c *Config, v string) error {
+		opt("ARGON2_MEMORY_KIB", "65536", number(&c.Argon2.MemoryKiB, 19456, 4<<20)),
+		opt("ARGON2_ITERATIONS", "3", number(&c.Argon2.Iterations, 2, 64)),
+		opt("ARGON2_PARALLELISM", "1", number(&c.Argon2.Parallelism, 1, 64)),
+		opt("MAX_CONCURRENT_HASHES", strconv.Itoa(cpus), number(&c.MaxConcurrentHashes, 1, 1024)),
+		opt("HASH_ACQUIRE_TIMEOUT", "2s", duration(&c.HashAcquireTimeout, time.Millisecond, requestTimeout)),
+		opt("PASSWORD_MIN_LENGTH", "12", number(&c.PasswordMinLength, 8, 128)),
+		opt("PASSWORD_BLOCKLIST_FILE", "", readableFile(&c.blocklistFile)),
+		opt("LOCKOUT_THRESHOLD", "5", number(&c.LockoutThreshold, 1, 100)),
+		opt("LOCKOUT_DURATION", "15m", duration(&c.LockoutDuration, time.Second, 30*24*time.Hour)),
+		opt("LOGIN_PER_MIN_PER_EMAIL", "10", number(&c.LoginPerMinute, 0, 100_000)),
+		opt("REGISTER_PER_MIN_PER_EMAIL", "5", number(&c.RegisterPerMinute, 0, 100_000)),
+		opt("REFRESH_PER_MIN_PER_TOKEN", "20", number(&c.RefreshPerMinute, 0, 100_000)),
+		opt("FORGOT_PER_HOUR_PER_EMAIL", "5", number(&c.ForgotPerHour, 0, 100_000)),
+		opt("IP_RATE_PER_SECOND", "20", number(&c.IPRatePerSecond, 0, 1_000_000)),
+		opt("IP_RATE_BURST", "60", number(&c.IPRateBurst, 0, 1_000_000)),
+		opt("LOGIN_FAILURES_PER_HOUR_PER_IP", "100", number(&c.LoginFailuresPerHourIP, 0, 1_000_000)),
+		opt("PASSWORD_RESET_TTL", "30m", func(v string) error {
 			if v == "0" || v == "0s" {
 				return nil // no reset by e-mail
 			}
-			return duration(func(c *Config) *time.Duration { return &c.PasswordResetTTL }, time.Second, 7*24*time.Hour)(c, v)
+			return duration(&c.PasswordResetTTL, time.Second, 7*24*time.Hour)(v)
 		}),
-		opt("SESSION_RETENTION", "720h", duration(func(c *Config) *time.Duration { return &c.SessionRetention }, time.Second, 10*365*24*time.Hour)),
-		opt("OUTBOX_RETENTION", "72h", duration(func(c *Config) *time.Duration { return &c.OutboxRetention }, time.Second, 365*24*time.Hour)),
-		opt("READY_REQUIRES_NATS", "true", boolean(func(c *Config) *bool { return &c.ReadyRequiresNATS })),
-		opt("NATS_STREAM_REPLICAS", "1", number(func(c *Config) *int { return &c.NATSStreamReplicas }, 1, 5)),
-		opt("SHUTDOWN_DELAY", "0s", duration(func(c *Config) *time.Duration { return &c.ShutdownDelay }, 0, 10*time.Minute)),
-		opt("SHUTDOWN_TIMEOUT", "30s", duration(func(c *Config) *time.Duration { return &c.ShutdownTimeout }, time.Second, time.Hour)),
-		opt("LOG_LEVEL", "info", func(c *Config, v string) error {
+		opt("SESSION_RETENTION", "720h", duration(&c.SessionRetention, time.Second, 10*365*24*time.Hour)),
+		opt("OUTBOX_RETENTION", "72h", duration(&c.OutboxRetention, time.Second, 365*24*time.Hour)),
+		opt("READY_REQUIRES_NATS", "true", boolean(&c.ReadyRequiresNATS)),
+		opt("NATS_STREAM_REPLICAS", "1", number(&c.NATSStreamReplicas, 1, 5)),
+		opt("SHUTDOWN_DELAY", "0s", duration(&c.ShutdownDelay, 0, 10*time.Minute)),
+		opt("SHUTDOWN_TIMEOUT", "30s", duration(&c.ShutdownTimeout, time.Second, time.Hour)),
+		opt("LOG_LEVEL", "info", func(v string) error {
 			switch v {
 			case "debug", "info", "warn", "error":
 				return c.LogLevel.UnmarshalText([]byte(v))
@@ -217,7 +217,7 @@ var successors = []struct{ old, new string }{
 // LoadConfig reads the whole configuration. Its error joins every mistake,
 // each beginning with the variable's name; no value is ever part of it.
 func LoadConfig(lookup func(string) (string, bool)) (Config, error) {
-	c, errs := loadVariables(lookup, variables())
+	c, errs := loadVariables(lookup, func(string) bool { return true })
 	errs = append(errs, c.resolve()...)
 	for _, s := range successors {
 		for _, name := range []string{s.old, s.old + "_FILE"} {
@@ -231,20 +231,17 @@ func LoadConfig(lookup func(string) (string, bool)) (Config, error) {
 
 // LoadSome reads only the named variables, for subcommands that need no more.
 func LoadSome(lookup func(string) (string, bool), names ...string) (Config, error) {
-	var some []variable
-	for _, v := range variables() {
-		if slices.Contains(names, v.Name) {
-			some = append(some, v)
-		}
-	}
-	c, errs := loadVariables(lookup, some)
+	c, errs := loadVariables(lookup, func(name string) bool { return slices.Contains(names, name) })
 	return c, errors.Join(errs...)
 }
 
-func loadVariables(lookup func(string) (string, bool), vars []variable) (Config, []error) {
+func loadVariables(lookup func(string) (string, bool), wanted func(name string) bool) (Config, []error) {
 	c := Config{pems: map[string]string{}}
 	var errs []error
-	for _, v := range vars {
+	for _, v := range variables(&c) {
+		if !wanted(v.Name) {
+			continue
+		}
 		value, err := valueOf(lookup, v)
 		switch {
 		case err != nil:
@@ -253,9 +250,9 @@ func loadVariables(lookup func(string) (string, bool), vars []variable) (Config,
 		case value == "" && v.Default == "":
 			continue
 		case value == "":
-			err = v.set(&c, v.Default)
+			err = v.set(v.Default)
 		default:
-			err = v.set(&c, value)
+			err = v.set(value)
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", v.Name, err))

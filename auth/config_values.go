@@ -17,28 +17,28 @@ import (
 
 // The parsers below say what is wrong without repeating the value.
 
-func text(field func(*Config) *string) func(*Config, string) error {
-	return func(c *Config, v string) error {
+func text(field *string) func(string) error {
+	return func(v string) error {
 		if len(v) > 255 || strings.TrimSpace(v) != v || strings.ContainsFunc(v, func(r rune) bool { return r < ' ' || r > '~' }) {
 			return errors.New("must be at most 255 bytes of printable ASCII without white space around them")
 		}
-		*field(c) = v
+		*field = v
 		return nil
 	}
 }
 
-func secret(field func(*Config) *Secret, minBytes int) func(*Config, string) error {
-	return func(c *Config, v string) error {
+func secret(field *Secret, minBytes int) func(string) error {
+	return func(v string) error {
 		if len(v) < minBytes {
 			return fmt.Errorf("must have at least %d bytes", minBytes)
 		}
-		*field(c) = Secret{v}
+		*field = Secret{v}
 		return nil
 	}
 }
 
-func duration(field func(*Config) *time.Duration, low, high time.Duration) func(*Config, string) error {
-	return func(c *Config, v string) error {
+func duration(field *time.Duration, low, high time.Duration) func(string) error {
+	return func(v string) error {
 		d, err := time.ParseDuration(v)
 		if err != nil {
 			return errors.New("must be a duration such as 15m or 336h")
@@ -46,91 +46,88 @@ func duration(field func(*Config) *time.Duration, low, high time.Duration) func(
 		if d < low || d > high {
 			return fmt.Errorf("must be from %v to %v", low, high)
 		}
-		*field(c) = d
+		*field = d
 		return nil
 	}
 }
 
-func number(field func(*Config) *int, low, high int) func(*Config, string) error {
-	return func(c *Config, v string) error {
+func number[T int | uint32](field *T, low, high T) func(string) error {
+	return func(v string) error {
 		n, err := strconv.ParseUint(v, 10, 31) // no sign, no space, no underscore
-		if err != nil || int(n) < low || int(n) > high {
+		if err != nil || T(n) < low || T(n) > high {
 			return fmt.Errorf("must be a whole number from %d to %d", low, high)
 		}
-		*field(c) = int(n)
+		*field = T(n)
 		return nil
 	}
 }
 
-func number32(field func(*Config) *uint32, low, high int) func(*Config, string) error {
-	return func(c *Config, v string) error {
-		var n int
-		err := number(func(*Config) *int { return &n }, low, high)(c, v)
-		*field(c) = uint32(n)
-		return err
-	}
-}
-
-func boolean(field func(*Config) *bool) func(*Config, string) error {
-	return func(c *Config, v string) error {
+func boolean(field *bool) func(string) error {
+	return func(v string) error {
 		if v != "true" && v != "false" {
 			return errors.New("must be true or false")
 		}
-		*field(c) = v == "true"
+		*field = v == "true"
 		return nil
 	}
 }
 
-func readableFile(field func(*Config) *string) func(*Config, string) error {
-	return func(c *Config, v string) error {
+func readableFile(field *string) func(string) error {
+	return func(v string) error {
 		f, err := os.Open(v)
 		if err != nil {
 			return errors.New("file cannot be opened")
 		}
-		*field(c) = v
+		*field = v
 		return f.Close()
 	}
 }
 
-func natsServers(c *Config, v string) error {
-	for _, server := range strings.Split(v, ",") {
-		if !strings.Contains(server, "://") {
-			server = "nats://" + server
+func natsServers(field *Secret) func(string) error {
+	return func(v string) error {
+		for _, server := range strings.Split(v, ",") {
+			if !strings.Contains(server, "://") {
+				server = "nats://" + server
+			}
+			u, err := url.Parse(strings.TrimSpace(server))
+			if err != nil || u.Hostname() == "" || u.Scheme != "nats" && u.Scheme != "tls" {
+				return errors.New("must be comma-separated nats:// or tls:// servers")
+			}
 		}
-		u, err := url.Parse(strings.TrimSpace(server))
-		if err != nil || u.Hostname() == "" || u.Scheme != "nats" && u.Scheme != "tls" {
-			return errors.New("must be comma-separated nats:// or tls:// servers")
-		}
+		*field = Secret{v}
+		return nil
 	}
-	c.NATSURL = Secret{v}
-	return nil
 }
 
-func trustedProxies(c *Config, v string) error {
-	for _, s := range strings.Split(v, ",") {
-		s = strings.TrimSpace(s)
-		prefix, err := netip.ParsePrefix(s)
-		if addr, aerr := netip.ParseAddr(s); aerr == nil {
-			prefix, err = netip.PrefixFrom(addr, addr.BitLen()), nil
+func trustedProxies(field *[]netip.Prefix) func(string) error {
+	return func(v string) error {
+		for _, s := range strings.Split(v, ",") {
+			s = strings.TrimSpace(s)
+			prefix, err := netip.ParsePrefix(s)
+			if addr, aerr := netip.ParseAddr(s); aerr == nil {
+				prefix, err = netip.PrefixFrom(addr, addr.BitLen()), nil
+			}
+			if err != nil || prefix.Addr().Is4In6() { // peers are compared as IPv4
+				return errors.New("must be comma-separated CIDRs, IPv4 ones in IPv4 form")
+			}
+			*field = append(*field, prefix.Masked())
 		}
-		if err != nil || prefix.Addr().Is4In6() { // peers are compared as IPv4
-			return errors.New("must be comma-separated CIDRs, IPv4 ones in IPv4 form")
-		}
-		c.TrustedProxies = append(c.TrustedProxies, prefix.Masked())
+		return nil
 	}
-	return nil
 }
 
-func corsOrigins(c *Config, v string) error {
-	for _, s := range strings.Split(v, ",") {
-		s = strings.TrimSpace(s)
-		u, err := url.Parse(s)
-		if err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || u.Scheme+"://"+u.Host != s || strings.Contains(s, "*") {
-			return errors.New("must be comma-separated origins such as https://app.example.com")
+func corsOrigins(field *[]string) func(string) error {
+	return func(v string) error {
+		for _, s := range strings.Split(v, ",") {
+			s = strings.TrimSpace(s)
+			u, err := url.Parse(s)
+			if err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || u.Scheme+"://"+u.Host != s || strings.Contains(s, "*") {
+				return errors.New("must be comma-separated origins such as https://app.example.com")
+			}
+			*field = append(*field, s)
 		}
-		c.CORSOrigins = append(c.CORSOrigins, s)
+		return nil
 	}
-	return nil
 }
 
 // resolve checks what only makes sense together and loads what files hold.

@@ -89,7 +89,7 @@ func TestReadmeConfiguration(t *testing.T) {
 	rows := paperTable(t, "README.md", "## Configuration")
 	var names []string
 	byName := map[string]variable{}
-	for _, v := range variables() {
+	for _, v := range variables(&Config{pems: map[string]string{}}) {
 		names = append(names, v.Name)
 		byName[v.Name] = v
 	}
@@ -120,7 +120,7 @@ func TestReadmeConfiguration(t *testing.T) {
 			if row[2] != "" {
 				t.Errorf("%s: bounds %q are not of the form A to B", row[0], row[2])
 			}
-			if v.set(&Config{pems: map[string]string{}}, "1") == nil && v.set(&Config{pems: map[string]string{}}, "-1") != nil {
+			if v.set("1") == nil && v.set("-1") != nil {
 				t.Errorf("%s takes a number: its bounds are missing", row[0])
 			}
 			continue
@@ -130,11 +130,11 @@ func TestReadmeConfiguration(t *testing.T) {
 			ok    bool
 		}{{beside(t, low, -1), false}, {low, true}, {high, true}, {beside(t, high, 1), false}} {
 			if row[2] == "0s, "+low+" to "+high && bound.value == low {
-				if err := v.set(&Config{}, "0s"); err != nil {
+				if err := v.set("0s"); err != nil {
 					t.Errorf("%s: 0s: %v", row[0], err)
 				}
 			}
-			if err := v.set(&Config{}, bound.value); (err == nil) != bound.ok {
+			if err := v.set(bound.value); (err == nil) != bound.ok {
 				t.Errorf("%s, bounds %s: %s: got error %v", row[0], row[2], bound.value, err)
 			}
 		}
