@@ -161,6 +161,16 @@ func (w *world) drained(within time.Duration) {
 	w.within(within, "the outbox is empty", func() bool { return w.pending() == 0 })
 }
 
+// relaysOn returns when events that were written after the call are relayed:
+// load and relay are at work, and what was before has settled.
+func (w *world) relaysOn() {
+	w.Helper()
+	last := dbtest.Value[int64](w.T, w.database, `SELECT coalesce(max(seq), 0) FROM outbox`)
+	w.within(20*time.Second, "what is written is relayed", func() bool {
+		return dbtest.Value[int64](w.T, w.database, `SELECT count(*) FROM outbox WHERE seq > $1 AND sent_at IS NOT NULL`, last) > 100
+	})
+}
+
 // outbox are the ids of all events of the outbox, by order of writing.
 func (w *world) outbox() []string {
 	w.Helper()

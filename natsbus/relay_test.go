@@ -92,7 +92,7 @@ func natsKilled(t *testing.T, duration time.Duration) {
 	w.start()
 	load := startLoad(w)
 	for end := time.Now().Add(duration); time.Now().Before(end); {
-		time.Sleep(1500 * time.Millisecond)
+		w.relaysOn()
 		w.nats.Kill()
 		w.nats.Restart()
 	}
@@ -112,7 +112,7 @@ func TestPostgresKilled(t *testing.T) {
 	w.start()
 	load := startLoad(w)
 	for range 3 {
-		time.Sleep(1500 * time.Millisecond)
+		w.relaysOn()
 		server.Kill()
 		server.Restart()
 	}
@@ -198,7 +198,7 @@ func TestNATSAwayBeyondDuplicateWindow(t *testing.T) {
 	w.nats.Kill()
 	dbtest.Exec(t, w.database, `UPDATE outbox SET sent_at = NULL, stream_seq = NULL WHERE seq IN (2, 4)`) // as if the kill had come between publish and ack
 	w.write("12")
-	time.Sleep(500 * time.Millisecond)
+	time.Sleep(500 * time.Millisecond) // NATS' own clock forgets the ids
 	w.nats.Restart()
 	w.drained(5 * time.Second)
 	w.complete()
@@ -273,7 +273,7 @@ func TestStreamDeletedUnderLoad(t *testing.T) {
 	load := startLoad(w)
 	made := func() int { return len(w.log.of("nats.stream_created")) + len(other.log.of("nats.stream_created")) }
 	for range 4 {
-		time.Sleep(500 * time.Millisecond)
+		w.relaysOn()
 		before := made()
 		if err := w.jetStream().DeleteStream(t.Context(), "AUTH_EVENTS"); err != nil {
 			t.Fatal(err)
@@ -292,7 +292,7 @@ func TestOnlyHolderMakesStreams(t *testing.T) {
 	dbtest.Exec(t, w.database, `UPDATE relay SET holder = gen_random_uuid(), lease_until = clock_timestamp() + interval '1 hour'`)
 	w.start()
 	w.within(5*time.Second, "connected", func() bool { return len(w.log.of("nats.connected")) > 0 })
-	time.Sleep(time.Second)
+	time.Sleep(time.Second) // in which it would have made them
 	if _, err := w.jetStream().Stream(t.Context(), "AUTH_EVENTS"); err == nil || w.bus.Up() {
 		t.Errorf("made by who does not hold the relay: %v, up: %v", err == nil, w.bus.Up())
 	}
@@ -487,13 +487,13 @@ func TestPausedHolder(t *testing.T) {
 		w.within(10*time.Second, "the child relays", func() bool { return w.holder() != "" })
 		holder := w.holder()
 		w.start()
-		time.Sleep(time.Duration(200+rand.IntN(500)) * time.Millisecond)
+		time.Sleep(time.Duration(200+rand.IntN(500)) * time.Millisecond) // stopped anywhere in its work
 		first.signal(w, syscall.SIGSTOP)
 		began := time.Now()
 		w.within(10*time.Second, "another takes over", func() bool { return w.holder() != holder })
 		t.Logf("taken over after %v", time.Since(began))
 		first.signal(w, syscall.SIGCONT)
-		time.Sleep(time.Second)
+		w.relaysOn()
 		w.stop()
 	}
 	load.stop()

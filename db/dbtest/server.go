@@ -134,8 +134,11 @@ func (s *Server) Standby() *Server {
 			return err
 		}
 		// The setting is a flag in shared memory that the checkpointer sets when it
-		// reads the file. What was committed before that must have arrived too.
-		time.Sleep(300 * time.Millisecond)
+		// reads the file, which it does before it makes a checkpoint. What was
+		// committed before that must have arrived too.
+		if _, err := conn.Exec(ctx, `CHECKPOINT`); err != nil {
+			return err
+		}
 		var now string
 		if err := conn.QueryRow(ctx, `SELECT pg_current_wal_lsn()::text`).Scan(&now); err != nil {
 			return err
