@@ -29,7 +29,7 @@ func NewHTTPServer(h http.Handler, log *slog.Logger) *http.Server {
 		Handler:           h,
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       requestTimeout,
-		WriteTimeout:      requestTimeout + 5*time.Second, // a request at its deadline can still be answered
+		WriteTimeout:      2 * requestTimeout, // at its deadline a request may still hash and settle what it guessed
 		IdleTimeout:       60 * time.Second,
 		MaxHeaderBytes:    12 << 10, // net/http adds 4 KiB
 		// OPTIONS * would otherwise be answered by net/http, past our rules.
