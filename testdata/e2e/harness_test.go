@@ -25,6 +25,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
 	"github.com/7d-solutions/identity-auth/db/dbtest"
 	"github.com/7d-solutions/identity-auth/natsbus/natstest"
 )
@@ -106,6 +109,21 @@ func newWorld(t *testing.T) *world {
 	w := &world{t: t, db: dbtest.New(t), nats: natstest.New(t)}
 	t.Cleanup(func() { w.checkEvents() }) // after the services have stopped and flushed
 	return w
+}
+
+// jetStream is a connection of the test's own to the world's NATS.
+func (w *world) jetStream() jetstream.JetStream {
+	w.t.Helper()
+	nc, err := nats.Connect(w.nats.URL())
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(nc.Close)
+	js, err := jetstream.New(nc)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return js
 }
 
 // unlimited turns the limits off that a test of something else would meet.

@@ -18,8 +18,6 @@ import (
 	"github.com/7d-solutions/identity-auth/db/dbtest"
 	"github.com/7d-solutions/identity-auth/natsbus/natstest"
 	"github.com/jackc/pgx/v5"
-	"github.com/nats-io/nats.go"
-	"github.com/nats-io/nats.go/jetstream"
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 )
 
@@ -504,15 +502,7 @@ func TestStreamDeleted(t *testing.T) {
 	w := newWorld(t)
 	s := held(t, w.start(cheap, unlimited))
 	s.register()
-	nc, err := nats.Connect(w.nats.URL())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
-	js, err := jetstream.New(nc)
-	if err != nil {
-		t.Fatal(err)
-	}
+	js := w.jetStream()
 	if err := js.DeleteStream(t.Context(), "AUTH_EVENTS"); err != nil {
 		t.Fatal(err)
 	}

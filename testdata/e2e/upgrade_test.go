@@ -13,8 +13,6 @@ import (
 	"time"
 
 	"github.com/7d-solutions/identity-auth/db/dbtest"
-	"github.com/nats-io/nats.go"
-	"github.com/nats-io/nats.go/jetstream"
 )
 
 // buildIn builds the source tree in dir under a version of its own.
@@ -195,15 +193,7 @@ func TestRollingChangeOfResetTTL(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	age := func() time.Duration {
-		nc, err := nats.Connect(w.nats.URL())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer nc.Close()
-		js, err := jetstream.New(nc)
-		if err != nil {
-			t.Fatal(err)
-		}
+		js := w.jetStream()
 		stream, err := js.Stream(t.Context(), "AUTH_SECRETS")
 		if err != nil {
 			t.Fatal(err)
@@ -353,15 +343,7 @@ func upgradeAndBack(t *testing.T, before, after func() (string, error)) {
 			t.Errorf("%s: got %d events, want %d as answered", event, got, want)
 		}
 	}
-	nc, err := nats.Connect(w.nats.URL())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
-	js, err := jetstream.New(nc)
-	if err != nil {
-		t.Fatal(err)
-	}
+	js := w.jetStream()
 	stream, err := js.Stream(t.Context(), "AUTH_EVENTS")
 	if err != nil {
 		t.Fatal(err)
