@@ -11,6 +11,7 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -95,6 +96,8 @@ func newProject(t *testing.T) *project {
 			l.Close()
 		}
 	}
+	subnet := freeSubnet(t)
+	p.env = append(p.env, "REPLICAS_SUBNET="+subnet.String(), "NGINX_ADDRESS="+subnet.Addr().Next().Next().Next().String())
 	// As a clone under umask 077 would be: no container may count on being let in.
 	if err := os.Mkdir(p.dir, 0o700); err != nil {
 		t.Fatal(err)
@@ -114,6 +117,39 @@ func newProject(t *testing.T) *project {
 		}
 	})
 	return p
+}
+
+// freeSubnet returns a subnet that no network of the engine and no interface has:
+// others may run the same file on this machine.
+func freeSubnet(t *testing.T) netip.Prefix {
+	t.Helper()
+	var taken []netip.Prefix
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range addrs {
+		if p, err := netip.ParsePrefix(a.String()); err == nil {
+			taken = append(taken, p)
+		}
+	}
+	ids := strings.Fields(docker(t, "network", "ls", "-q"))
+	for _, field := range strings.Fields(docker(t, append([]string{"network", "inspect", "-f", "{{range .IPAM.Config}}{{.Subnet}} {{end}}"}, ids...)...)) {
+		p, err := netip.ParsePrefix(field)
+		if err != nil {
+			t.Fatal(err)
+		}
+		taken = append(taken, p)
+	}
+	// The engine takes the networks it picks itself from 172.16/12 and 192.168/16.
+	for i := range 256 {
+		p := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 90, byte(i), 0}), 24)
+		if !slices.ContainsFunc(taken, p.Overlaps) {
+			return p
+		}
+	}
+	t.Fatalf("no subnet is free: %v", taken)
+	panic("unreachable")
 }
 
 func run(t *testing.T, dir string, env []string, args ...string) string {

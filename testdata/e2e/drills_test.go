@@ -95,7 +95,8 @@ func TestDrillKeyRotation(t *testing.T) {
 		"BASE": s.base, "KEYS_DIR": string(keys), "RELOAD": s.hangup(), "KEYGEN": binary + " keygen", "FETCH_WAIT": "1", "ACCESS_TTL": "1",
 	}
 	mustPass(t, "key-rotation", vars, nil)
-	vars["RELOAD"] = s.hangup() + " && rm -f " + filepath.Join(string(keys), "JWT_PREV_KID")
+	// An operator who forgets to keep the old key.
+	vars["RELOAD"] = fmt.Sprintf("cd %s && : >JWT_PREV_KID && : >JWT_PREV_PUBLIC_KEY_PEM && %s", keys, s.hangup())
 	mustFail(t, "the key set holds", "key-rotation", vars, nil)
 }
 
