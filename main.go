@@ -141,10 +141,11 @@ func serve(ctx context.Context, lookup func(string) (string, bool), stdout, stde
 	if err != nil { // unreachable in a tested build
 		return failed(log, err)
 	}
-	// A hash or a signature keeps one of the runtime's processors busy, and one
-	// that is busy does not look at the network. With more of them than CPUs
-	// the system's scheduler divides the time, in favour of who needs little.
-	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + cfg.MaxConcurrentHashes)
+	// Hashes keep all of the runtime's processors busy, and one that is busy
+	// looks at the network every 10 ms. One more than there are CPUs has the
+	// system divide the time: beside a flood of logins a refresh takes a third,
+	// and more than one more only costs.
+	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + 1)
 	debug.SetMemoryLimit(int64(cfg.MaxConcurrentHashes)*int64(cfg.Argon2.MemoryKiB)*1024 + runtimeReserve + cfg.Blocklist.Bytes())
 
 	store, err := openStore(cfg)
@@ -230,11 +231,7 @@ func drain(servers []*http.Server, timeout time.Duration) {
 // withStore loads the named variables, or all when none is named, and runs f
 // with the database they name.
 func withStore(lookup func(string) (string, bool), stderr io.Writer, f func(auth.Config, *db.Store) int, names ...string) int {
-	load := auth.LoadConfig
-	if len(names) > 0 {
-		load = func(lookup func(string) (string, bool)) (auth.Config, error) { return auth.LoadSome(lookup, names...) }
-	}
-	cfg, err := load(lookup)
+	cfg, err := auth.LoadConfig(lookup, names...)
 	if err != nil {
 		return usageError(stderr, err)
 	}
@@ -524,7 +521,7 @@ func replayAll(ctx context.Context, store *db.Store, since, until time.Time) (to
 func healthcheck(ctx context.Context, lookup func(string) (string, bool), stderr io.Writer) int {
 	ctx, cancel := context.WithTimeout(ctx, 4*time.Second)
 	defer cancel()
-	cfg, err := auth.LoadSome(lookup, "HOST", "PORT", "TLS_CERT_FILE")
+	cfg, err := auth.LoadConfig(lookup, "HOST", "PORT", "TLS_CERT_FILE")
 	if err != nil {
 		return usageError(stderr, err)
 	}
@@ -582,8 +579,7 @@ func keygen(dir string, stdout, stderr io.Writer) int {
 		if err := writeNew(filepath.Join(dir, "private.pem"), 0o600, &pem.Block{Type: "PRIVATE KEY", Bytes: private}); err != nil {
 			return err
 		}
-		err = writeNew(filepath.Join(dir, "public.pem"), 0o644, &pem.Block{Type: "PUBLIC KEY", Bytes: public})
-		if err != nil { // half a pair helps nobody
+		if err := writeNew(filepath.Join(dir, "public.pem"), 0o644, &pem.Block{Type: "PUBLIC KEY", Bytes: public}); err != nil { // half a pair helps nobody
 			return errors.Join(err, os.Remove(filepath.Join(dir, "private.pem")))
 		}
 		return nil

@@ -102,7 +102,7 @@ type variable struct {
 }
 
 // cpus is what the machine and its control group give, read before serve asks
-// the runtime for more processors than that.
+// the runtime for one more.
 var cpus = runtime.GOMAXPROCS(0)
 
 // variables is the whole configuration; what they are set to is in c.
@@ -214,10 +214,14 @@ var successors = []struct{ old, new string }{
 	{"IP_RL_BURST", "IP_RATE_BURST"},
 }
 
-// LoadConfig reads the whole configuration. Its error joins every mistake,
-// each beginning with the variable's name; no value is ever part of it.
-func LoadConfig(lookup func(string) (string, bool)) (Config, error) {
-	c, errs := loadVariables(lookup, func(string) bool { return true })
+// LoadConfig reads the named variables, for subcommands that need no more, or
+// without names the whole configuration. Its error joins every mistake, each
+// beginning with the variable's name; no value is ever part of it.
+func LoadConfig(lookup func(string) (string, bool), names ...string) (Config, error) {
+	c, errs := loadVariables(lookup, names)
+	if len(names) > 0 {
+		return c, errors.Join(errs...)
+	}
 	errs = append(errs, c.resolve()...)
 	for _, s := range successors {
 		for _, name := range []string{s.old, s.old + "_FILE"} {
@@ -229,17 +233,11 @@ func LoadConfig(lookup func(string) (string, bool)) (Config, error) {
 	return c, errors.Join(errs...)
 }
 
-// LoadSome reads only the named variables, for subcommands that need no more.
-func LoadSome(lookup func(string) (string, bool), names ...string) (Config, error) {
-	c, errs := loadVariables(lookup, func(name string) bool { return slices.Contains(names, name) })
-	return c, errors.Join(errs...)
-}
-
-func loadVariables(lookup func(string) (string, bool), wanted func(name string) bool) (Config, []error) {
+func loadVariables(lookup func(string) (string, bool), names []string) (Config, []error) {
 	c := Config{pems: map[string]string{}}
 	var errs []error
 	for _, v := range variables(&c) {
-		if !wanted(v.Name) {
+		if len(names) > 0 && !slices.Contains(names, v.Name) {
 			continue
 		}
 		value, err := valueOf(lookup, v)

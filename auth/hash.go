@@ -28,9 +28,11 @@ type Argon2Params struct {
 // Memory: every argon2 call leaves its buffer (ARGON2_MEMORY_KIB) as garbage,
 // and the collector, left alone, lets the heap double before it looks. A
 // collection inside the slot after each hash frees the buffer before the next
-// one is made, so the heap holds about slots buffers; the runtime's soft limit
-// (set by main from the same product) is the net below. One FreeOSMemory after
-// some idle seconds gives the rest back.
+// one is made, so the heap holds about slots buffers. While hashes are under way
+// these collections are enough; the collector's own, one for each new buffer,
+// would cost a tenth of the hashes. The runtime's soft limit (set by main from
+// the same product) is the net below. After some idle seconds rest gives the
+// buffers' memory back.
 type hasher struct {
 	params  Argon2Params
 	slots   chan struct{}
@@ -40,7 +42,11 @@ type hasher struct {
 	places  atomic.Int64 // requests that hold a slot or wait for one
 	perHash atomic.Int64 // running mean of a hash in nanoseconds
 	begun   atomic.Int64 // when a slot was taken last, in Unix nanoseconds
-	idle    atomic.Bool  // no hash since the last FreeOSMemory
+
+	mu        sync.Mutex
+	pages     hugePages
+	awake     bool // hashes are under way, or were since the last rest
+	gcPercent int  // while not awake
 }
 
 // firstGuess is the time of a hash before one has been measured: about half a
@@ -51,8 +57,8 @@ func (a Argon2Params) firstGuess() time.Duration {
 
 func newHasher(params Argon2Params, slots int, maxWait time.Duration, m *metrics) *hasher {
 	h := &hasher{params: params, slots: make(chan struct{}, slots), maxWait: maxWait, metrics: m}
+	h.pages = findHugePages(slots, int(params.MemoryKiB)<<10)
 	h.perHash.Store(int64(params.firstGuess()))
-	h.idle.Store(true)
 	return h
 }
 
@@ -134,7 +140,7 @@ func (h *hasher) slower(rank int64) {
 // buffer.
 func (h *hasher) compute(waited time.Duration, hash func()) {
 	defer runtime.GC()
-	h.idle.Store(false)
+	h.wake()
 	h.metrics.hashesInFlight.Inc()
 	defer h.metrics.hashesInFlight.Dec()
 	begun := time.Now()
@@ -200,12 +206,13 @@ func (a Argon2Params) dummy(password string) bool {
 func (h *hasher) Run(ctx context.Context) {
 	if p, err := h.queue(); err == nil {
 		p.run(ctx, func(time.Duration) {
+			h.wake()
 			begun := time.Now()
 			h.params.dummy("")
 			h.perHash.Store(int64(time.Since(begun)))
 		})
 	}
-	debug.FreeOSMemory()
+	h.rest()
 	tick := time.NewTicker(5 * time.Second)
 	defer tick.Stop()
 	for {
@@ -213,10 +220,31 @@ func (h *hasher) Run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
-			if h.places.Load() == 0 && !h.idle.Swap(true) {
-				debug.FreeOSMemory()
-			}
+			h.rest()
 		}
+	}
+}
+
+// wake makes ready for hashing after a pause.
+func (h *hasher) wake() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if !h.awake {
+		h.awake = true
+		h.pages.advise(true)
+		h.gcPercent = debug.SetGCPercent(-1)
+	}
+}
+
+// rest gives memory back to the system if nobody hashes.
+func (h *hasher) rest() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.awake && h.places.Load() == 0 {
+		h.awake = false
+		debug.SetGCPercent(h.gcPercent)
+		h.pages.advise(false)
+		debug.FreeOSMemory()
 	}
 }
 

@@ -73,7 +73,7 @@ func undisturbed(t *testing.T, s *service, attack func()) {
 	close(stop)
 	<-stopped
 	for what, n := range b.bad {
-		t.Errorf("a neighbour of the attack got %d times %s, want 200", n, what)
+		t.Errorf("a neighbour of the attack got %d times %s, want 200; dependencies went as follows: %v", n, what, s.logged("dependency.changed"))
 	}
 	neighbour.login(p)
 	neighbour.client.CloseIdleConnections()

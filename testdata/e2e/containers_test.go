@@ -97,7 +97,7 @@ func newProject(t *testing.T) *project {
 		}
 	}
 	subnet := freeSubnet(t)
-	p.env = append(p.env, "REPLICAS_SUBNET="+subnet.String(), "NGINX_ADDRESS="+subnet.Addr().Next().Next().Next().String())
+	p.env = append(p.env, "REPLICAS_SUBNET="+subnet.String(), "NGINX_ADDRESS="+strings.TrimSuffix(subnet.Addr().String(), "0")+"250")
 	// As a clone under umask 077 would be: no container may count on being let in.
 	if err := os.Mkdir(p.dir, 0o700); err != nil {
 		t.Fatal(err)

@@ -1,0 +1,9 @@
+//go:build !linux
+
+package auth
+
+// hugePages are known on Linux only.
+type hugePages struct{}
+
+func findHugePages(int, int) hugePages { return hugePages{} }
+func (hugePages) advise(bool)          {}
