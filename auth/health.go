@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// health is what the probes answer from. A loop asks the dependencies once a
+// health is what the probes answer from. A loop asks the dependencies twice a
 // second; probes read the last answer and cost them nothing.
 type health struct {
 	db       atomic.Bool
@@ -46,13 +46,13 @@ func (s *Server) handleReady(w http.ResponseWriter, r *http.Request) {
 func (s *Server) BeginShutdown() { s.health.draining.Store(true) }
 
 // watchDependencies keeps health and its metrics current until ctx is done. It
-// asks once a second, and more often while the answer is no, so that a start
+// asks twice a second, and more often while the answer is no, so that a start
 // or a recovery shows at once.
 func (s *Server) watchDependencies(ctx context.Context, events EventBus) {
 	for {
 		pause := 100 * time.Millisecond
 		if s.probe(ctx, events) {
-			pause = time.Second
+			pause = time.Second / 2
 		}
 		select {
 		case <-ctx.Done():
@@ -63,7 +63,7 @@ func (s *Server) watchDependencies(ctx context.Context, events EventBus) {
 }
 
 func (s *Server) probe(ctx context.Context, events EventBus) (allUp bool) {
-	probeCtx, cancel := context.WithTimeout(ctx, 1500*time.Millisecond)
+	probeCtx, cancel := context.WithTimeout(ctx, 1900*time.Millisecond)
 	defer cancel()
 	dbUp := s.store.Probe(probeCtx) == nil && s.schemaReady.Load()
 	natsUp := events.Up()

@@ -83,7 +83,7 @@ const (
 	pingInterval   = 2 * time.Second        // a silent connection is dropped after three
 	checkInterval  = 500 * time.Millisecond // between looks at the streams
 	checkTimeout   = time.Second
-	upWindow       = 1800 * time.Millisecond // an answer older than this says nothing
+	upWindow       = 2000 * time.Millisecond // an answer older than this says nothing
 	sampleInterval = 10 * time.Second        // of log lines that repeat themselves
 )
 
@@ -224,7 +224,7 @@ func readFiles(cfg Config) (f files, err error) {
 }
 
 // Up tells whether every stream is there, safe, and answered just now. Who asks
-// once a second sees a change within three.
+// twice a second sees a change within 2.5 s.
 func (b *Bus) Up() bool {
 	at := b.answered.Load()
 	return at != 0 && time.Since(b.start)-time.Duration(at) < upWindow

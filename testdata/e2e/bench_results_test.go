@@ -20,9 +20,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"golang.org/x/crypto/argon2"
 
-	"github.com/7d-solutions/identity-auth/db/dbtest"
 	"github.com/7d-solutions/identity-auth/natsbus/natstest"
 )
 
@@ -162,19 +162,30 @@ func BenchmarkRefreshOfMany(b *testing.B) {
 // grow inserts sessions, ten an account, whose secrets follow from their
 // number, and returns the tokens of some, evenly spread.
 func (t *target) grow(rows, want int) []string {
-	dbtest.Exec(t.b, t.db, fmt.Sprintf(`
-SET session_replication_role = replica;
-SET maintenance_work_mem = '1GB';
-SET work_mem = '1GB';
+	ctx := t.b.Context() // minutes, for which dbtest has no patience
+	conn, err := pgx.Connect(ctx, t.db)
+	if err != nil {
+		t.b.Fatal(err)
+	}
+	defer conn.Close(ctx)
+	for _, statement := range []string{
+		`SET session_replication_role = replica; SET work_mem = '1GB'`,
+		fmt.Sprintf(`
 INSERT INTO identity_auth.accounts (tenant_id, user_id, email, password_hash)
 SELECT md5('tenant')::uuid, md5('u' || i)::uuid, 'u' || i || '@example.com', '$argon2id$v=19$m=65536,t=3,p=1$AAAAAAAAAAAAAAAAAAAAAA$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA'
-  FROM generate_series(0, %[1]d / 10 - 1) AS i;
+  FROM generate_series(0, %d / 10 - 1) AS i`, rows),
+		fmt.Sprintf(`
 INSERT INTO identity_auth.sessions (id, tenant_id, user_id, family_hash, step_hash, created_at, used_at, expires_at, ends_at, window_start, client_ip, user_agent)
 SELECT md5('s' || i)::uuid, md5('tenant')::uuid, md5('u' || i / 10)::uuid, sha256(sha256(('f' || i)::bytea)), sha256(sha256(('t' || i)::bytea)),
        now(), now(), now() + interval '10 days', now() + interval '20 days', now(), '192.0.2.1', 'bench'
-  FROM generate_series(0, %[1]d - 1) AS i ORDER BY 1`, rows))
-	dbtest.Exec(t.b, t.db, `VACUUM (FREEZE, ANALYZE) identity_auth.sessions`)
-	dbtest.Exec(t.b, t.db, `CHECKPOINT`)
+  FROM generate_series(0, %d - 1) AS i ORDER BY 1`, rows),
+		`VACUUM (FREEZE, ANALYZE) identity_auth.sessions`,
+		`CHECKPOINT`,
+	} {
+		if _, err := conn.Exec(ctx, statement); err != nil {
+			t.b.Fatalf("%s: %v", statement, err)
+		}
+	}
 	tokens := make([]string, want)
 	for n := range tokens {
 		tokens[n] = grownToken(n * (rows / want))
