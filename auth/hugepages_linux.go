@@ -8,7 +8,7 @@ import (
 
 // hugePages are the addresses where hash buffers come to lie. Argon2 reads its
 // buffer at random, and in pages of 4 KiB misses the TLB all the time: on huge
-// pages a hash takes a quarter less. The runtime gives a buffer the lowest free
+// pages a hash takes a fifth less. The runtime gives a buffer the lowest free
 // addresses that fit, so those that the first buffers had serve later ones too;
 // where one does not fit, it costs time and nothing else. The advice holds
 // while hashes are under way only: later a few small objects of other requests
