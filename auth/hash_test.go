@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/hex"
 	"errors"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"testing"
@@ -139,6 +140,29 @@ func TestPanicFreesTheSlot(t *testing.T) {
 	if err := place1(t, h).run(t.Context(), func(time.Duration) {}); err != nil || h.places.Load() != 0 {
 		t.Errorf("got %v, %d places taken", err, h.places.Load())
 	}
+}
+
+func TestRest(t *testing.T) {
+	const before = 100
+	defer debug.SetGCPercent(debug.SetGCPercent(before))
+	h := testHasher(1, time.Minute)
+	first, second := place1(t, h), place1(t, h)
+	if _, err := first.hash(t.Context(), "password"); err != nil {
+		t.Fatal(err)
+	}
+	if h.rest(); gcPercent() != -1 {
+		t.Errorf("GC percent %d while a request waits, want -1: the collector runs beside hashes", gcPercent())
+	}
+	second.leave()
+	if h.rest(); gcPercent() != before {
+		t.Errorf("GC percent %d after the last request, want %d as before the first", gcPercent(), before)
+	}
+}
+
+func gcPercent() int {
+	percent := debug.SetGCPercent(-1)
+	debug.SetGCPercent(percent)
+	return percent
 }
 
 func TestTurns(t *testing.T) {
