@@ -61,7 +61,7 @@ release: need-go ## binaries, checksums, SBOM and licences in .bin/release
 .PHONY: bench
 bench: need-go postgres tools ## run every benchmark
 	go test -run '^$$' -bench . -benchmem -timeout 30m ./...
-	cd testdata/e2e && go test -run '^$$' -bench . -timeout 30m .
+	cd testdata/e2e && go test -run '^$$' -bench . -timeout 90m .
 
 .PHONY: torture
 torture: need-go postgres spin tools ## the model of refresh tokens, the long fault tests, and a minute of every fuzz target

@@ -3,7 +3,6 @@ package db
 import (
 	"context"
 	"slices"
-	"sync"
 	"testing"
 	"time"
 
@@ -32,43 +31,6 @@ SELECT 'auth.lockout', u, u, '0af7651916cd43dd8448eb211c80319c', jsonb_build_obj
 	}
 }
 
-// BenchmarkBloat rotates 1,000 sessions 1,000,000 times in all and prints what
-// that leaves: rows a session, the size of the table and of its indexes as
-// ratios to those before, and the share of updates that were heap-only (HOT).
-//
-//	go test -run '^$' -bench Bloat -benchtime 1x ./db
-func BenchmarkBloat(b *testing.B) {
-	const sessions, rotations, workers = 1_000, 1_000_000, 8
-	chains := []*chain{newChain(b)}
-	for len(chains) < sessions {
-		chains = append(chains, newChainOn(b, chains[0].url, chains[0].store))
-	}
-	url := chains[0].url
-	b.Cleanup(func() { dbtest.Exec(b, url, `DROP SCHEMA identity_auth CASCADE`) }) // checking a million events takes too long
-	size := func(what string) float64 {
-		return float64(dbtest.Value[int64](b, url, `SELECT pg_`+what+`_size('identity_auth.sessions')`))
-	}
-	dbtest.Exec(b, url, `VACUUM FULL identity_auth.sessions`)
-	table, indexes := size("table"), size("indexes")
-	for b.Loop() {
-		var all sync.WaitGroup
-		for worker := range workers {
-			all.Go(func() {
-				for n := range rotations / workers {
-					chains[(worker+n*workers)%sessions].rotate(b)
-				}
-			})
-		}
-		all.Wait()
-		b.ReportMetric(dbtest.Value[float64](b, url, `SELECT count(*)::float8 FROM identity_auth.sessions`)/sessions, "rows/session")
-		b.ReportMetric(size("table")/table, "table/before")
-		b.ReportMetric(size("indexes")/indexes, "indexes/before")
-		dbtest.Exec(b, url, `SELECT pg_stat_force_next_flush()`)
-		b.ReportMetric(dbtest.Value[float64](b, url, `
-SELECT n_tup_hot_upd::float8 / n_tup_upd FROM pg_stat_user_tables WHERE schemaname = 'identity_auth' AND relname = 'sessions'`), "HOT")
-	}
-}
-
 // chain is a session that is refreshed again and again.
 type chain struct {
 	url   string
@@ -85,11 +47,6 @@ func newChain(b *testing.B) *chain {
 		b.Fatal(err)
 	}
 	b.Cleanup(store.Close)
-	return newChainOn(b, url, store)
-}
-
-func newChainOn(b *testing.B, url string, store *Store) *chain {
-	b.Helper()
 	c := &chain{url: url, store: store, id: NewSessionID()}
 	p := person{tenant: TenantID{newUUID()}, user: UserID{newUUID()}, email: Email{"a@example.com"}}
 	if _, err := c.store.Register(b.Context(), p.tenant, p.user, p.email, hashA, origin); err != nil {

@@ -23,6 +23,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"golang.org/x/crypto/argon2"
 
+	"github.com/7d-solutions/identity-auth/db/dbtest"
 	"github.com/7d-solutions/identity-auth/natsbus/natstest"
 )
 
@@ -200,6 +201,32 @@ func grownToken(i int) string {
 	body := append(id[:], make([]byte, 8)...)
 	body = append(append(body, family[:]...), step[:]...)
 	return "iar_" + base64.RawURLEncoding.EncodeToString(binary.BigEndian.AppendUint32(body, crc32.ChecksumIEEE(body)))
+}
+
+// BenchmarkBloat is what 1,000,000 refreshes of 1,000 sessions leave: rows a
+// session, the sizes of the table and of its indexes as ratios to those before,
+// and the share of updates that were heap-only (HOT).
+func BenchmarkBloat(b *testing.B) {
+	const sessions, refreshes, workers = 1_000, 1_000_000, 8 // no two workers have a session in common
+	t := newTarget(b)
+	held := t.grow(sessions, sessions)
+	size := func(what string) float64 {
+		return float64(dbtest.Value[int64](b, t.db, `SELECT pg_`+what+`_size('identity_auth.sessions')`))
+	}
+	table, indexes := size("table"), size("indexes")
+	begun := time.Now()
+	together(workers, func(worker int) {
+		for n := worker; n < refreshes; n += workers {
+			t.refresh(&held[n%sessions])
+		}
+	})
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(refreshes/time.Since(begun).Seconds(), "refreshes/s")
+	b.ReportMetric(dbtest.Value[float64](b, t.db, `SELECT count(*)::float8 FROM identity_auth.sessions`)/sessions, "rows/session")
+	b.ReportMetric(size("table")/table, "table/before")
+	b.ReportMetric(size("indexes")/indexes, "indexes/before")
+	b.ReportMetric(dbtest.Value[float64](b, t.db, `
+SELECT n_tup_hot_upd::float8 / n_tup_upd FROM pg_stat_user_tables WHERE schemaname = 'identity_auth' AND relname = 'sessions'`), "HOT")
 }
 
 // BenchmarkReplicas is refreshes of two and three replicas on one database
