@@ -173,10 +173,10 @@ func parsePBKDF2(s string) (storedHash, error) {
 		return storedHash{}, errHashForm
 	}
 	var digest func() hash.Hash
-	switch parts[0][len("pbkdf2-"):] {
-	case "sha256":
+	switch parts[0] {
+	case "pbkdf2-sha256", "pbkdf2_sha256", "pbkdf2:sha256":
 		digest = sha256.New
-	case "sha512":
+	case "pbkdf2-sha512", "pbkdf2_sha512", "pbkdf2:sha512":
 		digest = sha512.New
 	default:
 		return storedHash{}, errHashForm

@@ -80,6 +80,8 @@ func TestHashesRefused(t *testing.T) {
 		{"pbkdf2:sha256:5000001$saltsalt$7023bdcb3afd7348461c06cd81fd38eb", errHashCost},
 		{"pbkdf2:md5:5000$saltsalt$7023bdcb3afd7348461c06cd81fd38eb", errHashForm},
 		{"pbkdf2:", errHashForm},
+		{"pbkdf2:$$", errHashForm},
+		{"pbkdf2:1$saltsalt$7023bdcb3afd7348461c06cd81fd38eb", errHashForm},
 		{"$pbkdf2-$1$$", errHashForm},
 	} {
 		if _, err := parseHash(row.hash, today); !errors.Is(err, row.want) {
