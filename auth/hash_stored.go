@@ -166,8 +166,9 @@ func parseScrypt(s string, maxKiB uint64) (storedHash, error) {
 
 func parsePBKDF2(s string) (storedHash, error) {
 	parts := strings.Split(strings.TrimPrefix(s, "$"), "$") // algorithm, iterations, salt, hash
-	if method, iterations, isWerkzeug := cutLast(parts[0], ":"); isWerkzeug {
-		parts = append([]string{method, iterations}, parts[1:]...)
+	if strings.HasPrefix(s, "pbkdf2:") {
+		colon := strings.LastIndex(parts[0], ":")
+		parts = append([]string{parts[0][:colon], parts[0][colon+1:]}, parts[1:]...)
 	}
 	if len(parts) != 4 {
 		return storedHash{}, errHashForm
@@ -203,13 +204,6 @@ func parsePBKDF2(s string) (storedHash, error) {
 	return derived(key, func(password []byte) ([]byte, error) {
 		return pbkdf2.Key(digest, string(password), salt, int(n[0]), len(key))
 	}), nil
-}
-
-func cutLast(s, sep string) (before, after string, found bool) {
-	if i := strings.LastIndex(s, sep); i >= 0 {
-		return s[:i], s[i+len(sep):], true
-	}
-	return s, "", false
 }
 
 // parameters reads comma-separated positive numbers with the given prefixes,

@@ -81,6 +81,7 @@ func TestHashesRefused(t *testing.T) {
 		{"pbkdf2:md5:5000$saltsalt$7023bdcb3afd7348461c06cd81fd38eb", errHashForm},
 		{"pbkdf2:", errHashForm},
 		{"pbkdf2:$$", errHashForm},
+		{"pbkdf2_sha256:1000$salt$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=", errHashForm}, // half Werkzeug, half Django
 		{"pbkdf2:1$saltsalt$7023bdcb3afd7348461c06cd81fd38eb", errHashForm},
 		{"$pbkdf2-$1$$", errHashForm},
 	} {
