@@ -208,16 +208,16 @@ func (w *world) stored(stream string) []jetstream.Msg {
 		w.Fatal(err)
 	}
 	for len(msgs) < want {
-		before := len(msgs)
-		batch, err := consumer.Fetch(min(want-before, 10_000), jetstream.FetchMaxWait(10*time.Second)) // beyond 64 MiB pending, nats.go drops messages
+		upTo := min(want, len(msgs)+10_000)
+		batch, err := consumer.Fetch(upTo-len(msgs), jetstream.FetchMaxWait(10*time.Second)) // beyond 64 MiB pending, nats.go drops messages
 		if err != nil {
 			w.Fatal(err)
 		}
 		for msg := range batch.Messages() {
 			msgs = append(msgs, msg)
 		}
-		if len(msgs) == before {
-			w.Fatalf("reading %s: got %d messages, want %d, %v", stream, before, want, batch.Error())
+		if len(msgs) != upTo {
+			w.Fatalf("reading %s: got %d messages, want %d of %d, %v", stream, len(msgs), upTo, want, batch.Error())
 		}
 	}
 	return msgs
