@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/netip"
 	"path"
@@ -22,6 +23,12 @@ import (
 // requestTimeout is the one deadline of a request.
 const requestTimeout = 10 * time.Second
 
+// sendBuffer is how much of an answer may wait in the kernel for a client that
+// does not read, in bytes; Linux books twice that. By itself it grows to 4 MB a
+// connection, and then 500 of them put every socket of the host, those to
+// PostgreSQL too, under memory pressure.
+const sendBuffer = 64 << 10
+
 // NewHTTPServer sets every time and size that bounds what a slow or hostile
 // client can hold: its own connection, and not for long.
 func NewHTTPServer(h http.Handler, log *slog.Logger) *http.Server {
@@ -32,6 +39,12 @@ func NewHTTPServer(h http.Handler, log *slog.Logger) *http.Server {
 		WriteTimeout:      2 * requestTimeout, // at its deadline a request may still hash and settle what it guessed
 		IdleTimeout:       60 * time.Second,
 		MaxHeaderBytes:    12 << 10, // net/http adds 4 KiB
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			if tcp, ok := c.(*net.TCPConn); ok {
+				tcp.SetWriteBuffer(sendBuffer)
+			}
+			return ctx
+		},
 		// OPTIONS * would otherwise be answered by net/http, past our rules.
 		DisableGeneralOptionsHandler: true,
 		ErrorLog:                     slog.NewLogLogger(serverLog{log.Handler()}, slog.LevelDebug),

@@ -7,7 +7,9 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -270,6 +272,31 @@ func needFiles(t *testing.T, n uint64) {
 	}
 }
 
+// unread is the most that the kernel holds of answers on one of the service's
+// connections, in bytes.
+func (s *service) unread() (most uint64) {
+	s.t.Helper()
+	table, err := os.ReadFile("/proc/net/tcp")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	_, port, _ := net.SplitHostPort(strings.TrimPrefix(s.base, "http://"))
+	n, _ := strconv.Atoi(port)
+	for line := range strings.Lines(string(table)) {
+		f := strings.Fields(line) // number, local, remote, state, sent:received, ...
+		if !strings.HasSuffix(f[1], fmt.Sprintf(":%04X", n)) {
+			continue
+		}
+		queued, _, _ := strings.Cut(f[4], ":")
+		bytes, err := strconv.ParseUint(queued, 16, 64)
+		if err != nil {
+			s.t.Fatalf("/proc/net/tcp: %q: %v", line, err)
+		}
+		most = max(most, bytes)
+	}
+	return most
+}
+
 // TestSlowClients: who is slow holds a connection, and not for long; others
 // notice nothing, also of 5,000.
 func TestSlowClients(t *testing.T) {
@@ -394,11 +421,17 @@ func TestSlowClients(t *testing.T) {
 			t.Errorf("connections that the service held: got %v, want thousands", held)
 		}
 		var left float64
+		var unread uint64
 		eventually(t, "only those are left that had an answer and are idle", longest+late, func() bool {
+			unread = max(unread, s.unread())
 			left = s.holdings().files - before.files
 			return left <= float64(len(silent))+20
 		})
-		t.Logf("%v connections are left after %v", left, time.Since(begun).Round(time.Second))
+		t.Logf("%v connections are left after %v; at most %d KiB waited for one that does not read", left, time.Since(begun).Round(time.Second), unread>>10)
+		// Without a bound it is megabytes: all of them together starve the host.
+		if unread < 16<<10 || unread > 256<<10 {
+			t.Errorf("bytes of answers waiting for one that does not read: got %d, want some, and at most 256 KiB", unread)
+		}
 		if time.Since(begun) < idle-5*time.Second && left < float64(len(silent))-20 {
 			t.Errorf("idle connections: got %v left, want the %d that may stay %v", left, len(silent), idle)
 		}
