@@ -2,7 +2,7 @@ package auth
 
 import (
 	"context"
-	"log/slog"
+	"errors"
 	"net/http"
 	"sync/atomic"
 	"time"
@@ -16,17 +16,13 @@ type health struct {
 	draining atomic.Bool
 }
 
-type liveResponse struct {
-	Status string `json:"status"`
-}
-
 type readyResponse struct {
 	Status string            `json:"status"`
 	Checks map[string]string `json:"checks"`
 }
 
 func (s *Server) handleLive(w http.ResponseWriter, r *http.Request) {
-	writeJSON(w, http.StatusOK, liveResponse{"live"})
+	writeJSON(w, http.StatusOK, map[string]string{"status": "live"})
 }
 
 func (s *Server) handleReady(w http.ResponseWriter, r *http.Request) {
@@ -65,24 +61,25 @@ func (s *Server) watchDependencies(ctx context.Context, events EventBus) {
 func (s *Server) probe(ctx context.Context, events EventBus) (allUp bool) {
 	probeCtx, cancel := context.WithTimeout(ctx, 1900*time.Millisecond)
 	defer cancel()
-	dbUp := s.store.Probe(probeCtx) == nil && s.schemaReady.Load()
+	dbErr := s.store.Probe(probeCtx)
+	dbUp := dbErr == nil && s.schemaReady.Load()
 	natsUp := events.Up()
 	if ctx.Err() != nil {
 		return false // stopping, not an outage
 	}
-	s.noteDependency("db", &s.health.db, dbUp)
-	s.noteDependency("nats", &s.health.nats, natsUp)
+	s.noteDependency("db", &s.health.db, dbUp, dbErr)
+	s.noteDependency("nats", &s.health.nats, natsUp, errors.New("no answer from JetStream")) // natsbus logs why
 	return dbUp && natsUp
 }
 
-func (s *Server) noteDependency(dep string, state *atomic.Bool, up bool) {
+func (s *Server) noteDependency(dep string, state *atomic.Bool, up bool, why error) {
 	s.metrics.dependency(dep, up)
 	if state.Swap(up) == up {
 		return
 	}
-	level := slog.LevelInfo
-	if !up {
-		level = slog.LevelWarn
+	if up {
+		s.log.Info(logDependency, "dep", dep, "up", up)
+	} else {
+		s.log.Warn(logDependency, "dep", dep, "up", up, "err", why)
 	}
-	s.log.Log(context.Background(), level, logDependency, "dep", dep, "up", up)
 }

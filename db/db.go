@@ -20,6 +20,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -252,6 +253,11 @@ func (s *Store) queryRow(ctx context.Context, dest []any, sql string, args ...an
 	})
 }
 
+// outageClasses are connection, transaction state, authorization, missing
+// database, rollback, resources, locks, intervention, system (PostgreSQL,
+// appendix A).
+var outageClasses = []string{"08", "25", "28", "3D", "40", "53", "55", "57", "58", "XX"}
+
 // classify turns everything that is not a mistake in our own SQL into
 // ErrUnavailable. The caller's own cancellation stays what it is.
 func (s *Store) classify(err error) error {
@@ -269,11 +275,8 @@ func (s *Store) classify(err error) error {
 	if pgErr.Code == "25006" { // read_only_sql_transaction: a demoted server
 		s.pool.Reset()
 	}
-	switch pgErr.Code[:2] {
-	case "08", "25", "28", "3D", "40", "53", "55", "57", "58", "XX": // connection, transaction state, authorization, missing database, rollback, resources, locks, intervention, system
-		return fmt.Errorf("%w: %w", ErrUnavailable, err)
-	}
-	if pgErr.Code == "42P01" || pgErr.Code == "3F000" { // no table, no schema: not migrated yet
+	notMigrated := pgErr.Code == "42P01" || pgErr.Code == "3F000" // no table, no schema
+	if notMigrated || slices.Contains(outageClasses, pgErr.Code[:2]) {
 		return fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
 	return err

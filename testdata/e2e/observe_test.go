@@ -394,8 +394,14 @@ func TestDatabaseOutages(t *testing.T) {
 	if got := s.metric(`auth_login_total{result="error"}`) + s.metric(`auth_register_total{result="error"}`) + s.metric(`auth_refresh_total{result="error"}`); got != 0 {
 		t.Errorf("operations that ended in 500: got %v, want 0", got)
 	}
-	if got := s.logged("dependency.changed"); len(got) < 2*4 {
-		t.Errorf("dependency.changed lines: got %d, want two for each outage", len(got))
+	changes := s.logged("dependency.changed")
+	if len(changes) < 2*4 {
+		t.Errorf("dependency.changed lines: got %d, want two for each outage", len(changes))
+	}
+	for _, line := range changes {
+		if err, _ := line["err"].(string); line["up"] == false && (err == "" || strings.Contains(err, "nil")) {
+			t.Errorf("dependency.changed line %v: want err that says why", line)
+		}
 	}
 }
 
