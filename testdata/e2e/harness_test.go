@@ -19,8 +19,10 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -150,15 +152,26 @@ func (w *world) config(more ...env) env {
 	return c
 }
 
+// portsGiven counts the calls of freePort.
+var portsGiven atomic.Uint32
+
+// freePort stays above the ports that systems give to outgoing connections, and
+// gives each once: nobody takes it before the service does, or while that is
+// down for a while.
 func freePort(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	const first, n = 61000, 4500
+	var err error
+	for range n {
+		port := strconv.Itoa(first + (os.Getpid()+int(portsGiven.Add(1)))%n)
+		var l net.Listener
+		if l, err = net.Listen("tcp", "127.0.0.1:"+port); err == nil {
+			l.Close()
+			return port
+		}
 	}
-	defer l.Close()
-	_, port, _ := net.SplitHostPort(l.Addr().String())
-	return port
+	t.Fatal(err)
+	return ""
 }
 
 // service is one running replica.
