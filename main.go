@@ -230,7 +230,7 @@ func drain(servers []*http.Server, timeout time.Duration) {
 
 // withStore loads the named variables, or all when none is named, and runs f
 // with the database they name.
-func withStore(lookup func(string) (string, bool), stderr io.Writer, f func(auth.Config, *db.Store) int, names ...string) int {
+func withStore(lookup func(string) (string, bool), stderr io.Writer, f func(auth.Config, *db.Store) error, names ...string) int {
 	cfg, err := auth.LoadConfig(lookup, names...)
 	if err != nil {
 		return usageError(stderr, err)
@@ -240,7 +240,10 @@ func withStore(lookup func(string) (string, bool), stderr io.Writer, f func(auth
 		return usageError(stderr, err)
 	}
 	defer store.Close()
-	return f(cfg, store)
+	if err := f(cfg, store); err != nil {
+		return commandFailed(stderr, err)
+	}
+	return exitOK
 }
 
 func openStore(cfg auth.Config) (*db.Store, error) {
@@ -370,15 +373,12 @@ func reloadOnHangup(ctx context.Context, hangup <-chan os.Signal, lookup func(st
 
 // withDatabase runs f on a connection of its own for the migrate commands.
 func withDatabase(ctx context.Context, lookup func(string) (string, bool), stderr io.Writer, f func(*db.Conn, []migrate.Migration) error) int {
-	return withStore(lookup, stderr, func(_ auth.Config, store *db.Store) int {
+	return withStore(lookup, stderr, func(_ auth.Config, store *db.Store) error {
 		ms, err := migrate.Load(sql.FS)
-		if err == nil {
-			err = store.Alone(ctx, func(conn *db.Conn) error { return f(conn, ms) })
-		}
 		if err != nil {
-			return commandFailed(stderr, err)
+			return err
 		}
-		return exitOK
+		return store.Alone(ctx, func(conn *db.Conn) error { return f(conn, ms) })
 	}, "DATABASE_URL", "DATABASE_MAX_CONNECTIONS")
 }
 
@@ -419,19 +419,16 @@ func user(ctx context.Context, args []string, lookup func(string) (string, bool)
 		fmt.Fprint(stderr, usage)
 		return exitUsage
 	}
-	return withStore(lookup, stderr, func(cfg auth.Config, store *db.Store) int {
+	return withStore(lookup, stderr, func(cfg auth.Config, store *db.Store) error {
 		// The audit line goes to stderr: stdout is the answer.
 		srv := auth.New(cfg, store, new(atomic.Bool), auth.ReadBuild(version, commit), auth.NewLogger(stderr, slog.LevelInfo))
 		answer, err := srv.Act(ctx, action, tenant, rest[0], value, db.Origin{ClientIP: "command line", TraceID: db.NewUUID()})
 		if err != nil {
-			return commandFailed(stderr, err)
+			return err
 		}
 		out := json.NewEncoder(stdout)
 		out.SetIndent("", "  ")
-		if err := out.Encode(answer); err != nil {
-			return commandFailed(stderr, err)
-		}
-		return exitOK
+		return out.Encode(answer)
 	})
 }
 
@@ -441,7 +438,7 @@ func importAccounts(ctx context.Context, from string, lookup func(string) (strin
 	if info, err := os.Stderr.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {
 		progress, end = func(c auth.ImportCounts) { fmt.Fprintf(stderr, "\r%d lines, %d created", c.Lines, c.Created) }, "\n"
 	}
-	return withStore(lookup, stderr, func(cfg auth.Config, store *db.Store) int {
+	return withStore(lookup, stderr, func(cfg auth.Config, store *db.Store) error {
 		importer := auth.NewImporter(store, cfg.Argon2, func(line int, reason string) {
 			fmt.Fprintf(stderr, "line %d: %s\n", line, reason)
 		}, progress)
@@ -450,13 +447,10 @@ func importAccounts(ctx context.Context, from string, lookup func(string) (strin
 		if err == nil || counts.Lines > 0 {
 			fmt.Fprintf(stdout, "%d lines: %d created, %d there already, %d bad\n", counts.Lines, counts.Created, counts.Present, counts.Bad)
 		}
-		if err != nil {
-			return commandFailed(stderr, err)
+		if err == nil && counts.Bad > 0 {
+			err = errors.New("the bad lines are not imported")
 		}
-		if counts.Bad > 0 {
-			return exitFailure
-		}
-		return exitOK
+		return err
 	}, "DATABASE_URL", "DATABASE_MAX_CONNECTIONS", "ARGON2_MEMORY_KIB", "ARGON2_ITERATIONS", "ARGON2_PARALLELISM")
 }
 
@@ -489,20 +483,20 @@ func outbox(ctx context.Context, args []string, lookup func(string) (string, boo
 		fmt.Fprint(stderr, usage)
 		return exitUsage
 	}
-	return withStore(lookup, stderr, func(_ auth.Config, store *db.Store) int {
+	return withStore(lookup, stderr, func(_ auth.Config, store *db.Store) error {
 		if replay {
 			n, err := replayAll(ctx, store, since, until)
 			fmt.Fprintf(stdout, "%d events will be sent again\n", n)
 			if err != nil {
-				return commandFailed(stderr, err)
+				return err
 			}
 		}
 		pending, oldest, err := store.OutboxBacklog(ctx)
 		if err != nil {
-			return commandFailed(stderr, err)
+			return err
 		}
-		fmt.Fprintf(stdout, "%d events pending, the oldest for %v\n", pending, oldest.Round(time.Millisecond))
-		return exitOK
+		_, err = fmt.Fprintf(stdout, "%d events pending, the oldest for %v\n", pending, oldest.Round(time.Millisecond))
+		return err
 	}, "DATABASE_URL", "DATABASE_MAX_CONNECTIONS")
 }
 

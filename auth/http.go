@@ -40,6 +40,9 @@ func NewHTTPServer(h http.Handler, log *slog.Logger) *http.Server {
 		IdleTimeout:       60 * time.Second,
 		MaxHeaderBytes:    12 << 10, // net/http adds 4 KiB
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			if encrypted, ok := c.(interface{ NetConn() net.Conn }); ok { // a *tls.Conn
+				c = encrypted.NetConn()
+			}
 			if tcp, ok := c.(*net.TCPConn); ok {
 				tcp.SetWriteBuffer(sendBuffer)
 			}

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bufio"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -272,6 +273,15 @@ func needFiles(t *testing.T, n uint64) {
 	}
 }
 
+// dialNarrow connects with a window of 4 KiB: what the service has to say does
+// not fit.
+func dialNarrow(host string) (net.Conn, error) {
+	dialer := net.Dialer{Control: func(_, _ string, c syscall.RawConn) error {
+		return c.Control(func(fd uintptr) { syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 4096) })
+	}}
+	return dialer.Dial("tcp", host)
+}
+
 // unread is the most that the kernel holds of answers on one of the service's
 // connections, in bytes.
 func (s *service) unread() (most uint64) {
@@ -280,8 +290,10 @@ func (s *service) unread() (most uint64) {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	_, port, _ := net.SplitHostPort(strings.TrimPrefix(s.base, "http://"))
-	n, _ := strconv.Atoi(port)
+	n, err := strconv.Atoi(s.base[strings.LastIndex(s.base, ":")+1:])
+	if err != nil {
+		s.t.Fatal(err)
+	}
 	for line := range strings.Lines(string(table)) {
 		f := strings.Fields(line) // number, local, remote, state, sent:received, ...
 		if !strings.HasSuffix(f[1], fmt.Sprintf(":%04X", n)) {
@@ -295,6 +307,49 @@ func (s *service) unread() (most uint64) {
 		most = max(most, bytes)
 	}
 	return most
+}
+
+// TestUnreadAnswers: of the answers that a client does not read, little waits in
+// the kernel. Left alone it is megabytes, and some hundred clients starve the
+// host.
+func TestUnreadAnswers(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	cert := newCertificate(t, "unread")
+	encrypted := w.launch(plainBinary, w.config(cheap, env{"TLS_CERT_FILE": write(t, "cert", cert.cert), "TLS_KEY_FILE": write(t, "key", cert.key)}))
+	encrypted.base = strings.Replace(encrypted.base, "http:", "https:", 1)
+	encrypted.client.Transport.(*http.Transport).TLSClientConfig = trusting(t, cert)
+	encrypted.waitReady()
+	for name, s := range map[string]*service{"plain": w.startPlain(cheap), "TLS": encrypted} {
+		t.Run(name, func(t *testing.T) {
+			_, host, _ := strings.Cut(s.base, "://")
+			conn, err := dialNarrow(host)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			if s == encrypted {
+				config := trusting(t, cert)
+				config.ServerName = "127.0.0.1"
+				conn = tls.Client(conn, config)
+			}
+			go io.WriteString(conn, strings.Repeat("GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n", 200))
+			var held uint64
+			unchanged := 0
+			eventually(t, "the service has written what it can", 15*time.Second, func() bool {
+				before := held
+				if held = s.unread(); held == 0 || held != before {
+					unchanged = 0
+				}
+				unchanged++
+				return unchanged == 20
+			})
+			t.Logf("%d KiB wait", held>>10)
+			if held > 256<<10 {
+				t.Errorf("bytes that wait: got %d, want at most 256 KiB", held)
+			}
+		})
+	}
 }
 
 // TestSlowClients: who is slow holds a connection, and not for long; others
@@ -378,12 +433,8 @@ func TestSlowClients(t *testing.T) {
 		limit       time.Duration
 	}
 	open := func(k kind) (conns []net.Conn) {
-		// A window of 4 KiB: what the service has to say does not fit.
-		dialer := net.Dialer{Control: func(_, _ string, c syscall.RawConn) error {
-			return c.Control(func(fd uintptr) { syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 4096) })
-		}}
 		for range k.n {
-			conn, err := dialer.Dial("tcp", host)
+			conn, err := dialNarrow(host)
 			if err != nil {
 				t.Fatalf("%s: connection %d: %v", k.name, len(conns)+1, err)
 			}
@@ -421,17 +472,11 @@ func TestSlowClients(t *testing.T) {
 			t.Errorf("connections that the service held: got %v, want thousands", held)
 		}
 		var left float64
-		var unread uint64
 		eventually(t, "only those are left that had an answer and are idle", longest+late, func() bool {
-			unread = max(unread, s.unread())
 			left = s.holdings().files - before.files
 			return left <= float64(len(silent))+20
 		})
-		t.Logf("%v connections are left after %v; at most %d KiB waited for one that does not read", left, time.Since(begun).Round(time.Second), unread>>10)
-		// Without a bound it is megabytes: all of them together starve the host.
-		if unread < 16<<10 || unread > 256<<10 {
-			t.Errorf("bytes of answers waiting for one that does not read: got %d, want some, and at most 256 KiB", unread)
-		}
+		t.Logf("%v connections are left after %v", left, time.Since(begun).Round(time.Second))
 		if time.Since(begun) < idle-5*time.Second && left < float64(len(silent))-20 {
 			t.Errorf("idle connections: got %v left, want the %d that may stay %v", left, len(silent), idle)
 		}

@@ -219,7 +219,11 @@ func TestImportReports(t *testing.T) {
 			t.Errorf("run %d: got exit code %d, %q; want 1, %q", run+1, code, stdout, want)
 		}
 		var named []int
-		for text := range strings.Lines(stderr) {
+		lines, ended := strings.CutSuffix(stderr, "identity-auth: the bad lines are not imported\n")
+		if !ended {
+			t.Errorf("run %d: got %q, want it to end with why the exit code is 1", run+1, stderr)
+		}
+		for text := range strings.Lines(lines) {
 			var n int
 			if _, err := fmt.Sscanf(text, "line %d:", &n); err != nil || bad[n] == "" || !strings.Contains(text, bad[n]) {
 				t.Errorf("run %d: got %q, want %q in the reason of a bad line", run+1, text, bad[n])
