@@ -308,10 +308,10 @@ func BenchmarkBesideBareHandler(b *testing.B) {
 	})
 }
 
-// BenchmarkMemory is the resident set: idle, at the peak of 64 and 1,000
+// BenchmarkMemory is the resident set: idle, at the peak of 64, 1,000 and 3,000
 // parallel logins, and 30 s after.
 func BenchmarkMemory(b *testing.B) {
-	for _, n := range []int{64, 1000} {
+	for _, n := range []int{64, 1000, 3000} {
 		b.Run(fmt.Sprintf("logins=%d", n), func(b *testing.B) {
 			t := newTarget(b, env{"MAX_CONCURRENT_HASHES": "2"})
 			time.Sleep(10 * time.Second) // what the start needed has been given back

@@ -160,7 +160,7 @@ func newReplica(b *testing.B, db, nats string, more ...env) *target {
 
 // launchTarget starts a server and waits until it answers 200 on path.
 func launchTarget(b *testing.B, cmd *exec.Cmd, c env, path string) *target {
-	t := &target{b: b, base: "http://127.0.0.1:" + c["PORT"], client: &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 2000}}}
+	t := &target{b: b, base: "http://127.0.0.1:" + c["PORT"], client: &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 3000}}}
 	cmd.Env = c.list()
 	cmd.Stderr = os.Stderr
 	if err := cmd.Start(); err != nil {
