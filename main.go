@@ -22,6 +22,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -411,10 +412,6 @@ func user(ctx context.Context, args []string, lookup func(string) (string, bool)
 	if rest[0] == "--email" {
 		rest = rest[1:]
 	}
-	value := ""
-	if len(rest) == 2 && auth.ActionTakesArgument(action) {
-		value = rest[1]
-	}
 	if !slices.Contains(auth.Actions, action) || len(rest) == 0 || auth.ActionTakesArgument(action) != (len(rest) == 2) || len(rest) > 2 {
 		fmt.Fprint(stderr, usage)
 		return exitUsage
@@ -422,7 +419,7 @@ func user(ctx context.Context, args []string, lookup func(string) (string, bool)
 	return withStore(lookup, stderr, func(cfg auth.Config, store *db.Store) error {
 		// The audit line goes to stderr: stdout is the answer.
 		srv := auth.New(cfg, store, new(atomic.Bool), auth.ReadBuild(version, commit), auth.NewLogger(stderr, slog.LevelInfo))
-		answer, err := srv.Act(ctx, action, tenant, rest[0], value, db.Origin{ClientIP: "command line", TraceID: db.NewUUID()})
+		answer, err := srv.Act(ctx, action, tenant, rest[0], strings.Join(rest[1:], ""), db.Origin{ClientIP: "command line", TraceID: db.NewUUID()})
 		if err != nil {
 			return err
 		}

@@ -8,12 +8,20 @@ import (
 	"mime"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"unicode/utf8"
 )
 
-// maxBody bounds a request body in bytes.
-const maxBody = 64 << 10
+// maxBody bounds a request body in bytes. Of one beyond smallBody, which no
+// client has a reason to send, the rest is read only while it has one of the
+// places of largeBodies: thousands that come slowly hold little memory.
+const (
+	maxBody   = 64 << 10
+	smallBody = 4 << 10
+)
+
+var largeBodies = make(chan struct{}, 64)
 
 // member is one member that a request may have. The types of requests list
 // theirs; there is no reflection and so no surprise about what is read. One of
@@ -43,7 +51,19 @@ func readBody(w http.ResponseWriter, r *http.Request, want string) ([]byte, erro
 	if r.ContentLength > maxBody {
 		return nil, errBodyTooLarge
 	}
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	limited := http.MaxBytesReader(w, r.Body, maxBody)
+	body, err := io.ReadAll(io.LimitReader(limited, smallBody))
+	if len(body) == smallBody {
+		select {
+		case largeBodies <- struct{}{}:
+			defer func() { <-largeBodies }()
+		case <-r.Context().Done():
+			return nil, errBodyTimeout
+		}
+		var rest []byte
+		rest, err = io.ReadAll(limited)
+		body = append(body, rest...)
+	}
 	var tooLarge *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooLarge):
@@ -78,13 +98,14 @@ func decodeObject(body []byte, members []member) error {
 		if err != nil || !isString || dec.Decode(&raw) != nil { // unreachable: the body is valid JSON
 			return invalidFields(fieldError{"body", "not_json"})
 		}
-		switch m := memberNamed(members, name); {
+		i := slices.IndexFunc(members, func(m member) bool { return m.name == name && !m.path })
+		switch {
 		case seen[name]:
 			wrong = append(wrong, fieldError{clientText(name, 64), "duplicate"})
-		case m == nil:
+		case i < 0:
 			wrong = append(wrong, fieldError{clientText(name, 64), "unknown"})
 		default:
-			if reason := m.decode(raw); reason != "" {
+			if reason := members[i].decode(raw); reason != "" {
 				wrong = append(wrong, fieldError{name, reason})
 			}
 		}
@@ -100,15 +121,6 @@ func decodeObject(body []byte, members []member) error {
 	}
 	if len(wrong) > 0 {
 		return invalidFields(wrong...)
-	}
-	return nil
-}
-
-func memberNamed(members []member, name string) *member {
-	for i := range members {
-		if members[i].name == name && !members[i].path {
-			return &members[i]
-		}
 	}
 	return nil
 }

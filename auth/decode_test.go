@@ -1,8 +1,11 @@
 package auth
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
+	"io"
+	"net/http/httptest"
 	"strings"
 	"testing"
 	"unicode/utf8"
@@ -96,4 +99,40 @@ func FuzzDecodeObject(f *testing.F) {
 			t.Fatalf("%q: %v reads back as %v, %v", body, in, second, err)
 		}
 	})
+}
+
+// Beyond smallBody a body needs a place; small ones never wait for it.
+func TestLargeBodiesTakeTurns(t *testing.T) {
+	over, cancel := context.WithCancel(t.Context())
+	cancel() // its deadline has passed: whatever waits does so in vain
+	read := func(ctx context.Context, size int) error {
+		r := httptest.NewRequestWithContext(ctx, "POST", "/", struct{ io.Reader }{strings.NewReader(strings.Repeat(" ", size))}) // of unknown length
+		r.Header.Set("Content-Type", "application/json")
+		body, err := readBody(httptest.NewRecorder(), r, "application/json")
+		if err == nil && len(body) != size {
+			t.Errorf("a body of %d bytes: got %d", size, len(body))
+		}
+		return err
+	}
+	for range 2 * cap(largeBodies) {
+		for size, want := range map[int]error{smallBody - 1: nil, smallBody: nil, smallBody + 1: nil, maxBody: nil, maxBody + 1: errBodyTooLarge} {
+			if err := read(t.Context(), size); !errors.Is(err, want) {
+				t.Fatalf("a body of %d bytes: got %v, want %v", size, err, want)
+			}
+		}
+	}
+	for range cap(largeBodies) {
+		largeBodies <- struct{}{}
+	}
+	defer func() {
+		for range cap(largeBodies) {
+			<-largeBodies
+		}
+	}()
+	if err := read(over, smallBody-1); err != nil {
+		t.Errorf("a small body while all places are taken: got %v", err)
+	}
+	if err := read(over, smallBody+1); !errors.Is(err, errBodyTimeout) {
+		t.Errorf("a large body while all places are taken: got %v, want %v", err, errBodyTimeout)
+	}
 }

@@ -7,16 +7,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgxpool"
 )
-
-// execOne is for statements that return nothing.
-func execOne(sql string, args ...any) func(context.Context, *pgxpool.Conn) error {
-	return func(ctx context.Context, conn *pgxpool.Conn) error {
-		_, err := conn.Exec(ctx, sql, args...)
-		return err
-	}
-}
 
 // Register creates an account and its event. ok is false when the user id or
 // the e-mail is taken in the tenant; of concurrent calls one creates it.

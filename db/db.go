@@ -246,6 +246,16 @@ func (s *Store) tx(ctx context.Context, f func(context.Context, pgx.Tx) error) e
 	})
 }
 
+// exec runs one statement and tells whether it changed a row.
+func (s *Store) exec(ctx context.Context, sql string, args ...any) (changed bool, err error) {
+	err = s.do(ctx, func(ctx context.Context, conn *pgxpool.Conn) error {
+		tag, err := conn.Exec(ctx, sql, args...)
+		changed = tag.RowsAffected() > 0
+		return err
+	})
+	return changed, err
+}
+
 // queryRow runs one statement that returns one row.
 func (s *Store) queryRow(ctx context.Context, dest []any, sql string, args ...any) error {
 	return s.do(ctx, func(ctx context.Context, conn *pgxpool.Conn) error {

@@ -171,5 +171,6 @@ func (s *Store) FailGuess(ctx context.Context, g *Guess, origin Origin) (lockedN
 
 // ReleaseGuess takes back a guess whose password was never checked.
 func (s *Store) ReleaseGuess(ctx context.Context, g *Guess) error {
-	return s.do(ctx, execOne(`UPDATE guards SET outcome = 'released', pending = array_remove(pending, $2) WHERE key = $1`, g.key, g.ticket))
+	_, err := s.exec(ctx, `UPDATE guards SET outcome = 'released', pending = array_remove(pending, $2) WHERE key = $1`, g.key, g.ticket)
+	return err
 }

@@ -49,7 +49,7 @@ func NewRelayID() RelayID { return RelayID{newUUID()} }
 // AcquireRelay makes id the holder of the relay for ttl, by PostgreSQL's clock,
 // unless another holder's time is not over. Of N replicas at most one holds it.
 func (s *Store) AcquireRelay(ctx context.Context, id RelayID, ttl time.Duration) (held bool, err error) {
-	return s.updateRelay(ctx, `
+	return s.exec(ctx, `
 UPDATE relay SET holder = $1, lease_until = clock_timestamp() + $2::interval
  WHERE holder IS NULL OR holder = $1 OR lease_until < clock_timestamp()`, id, ttl)
 }
@@ -57,22 +57,13 @@ UPDATE relay SET holder = $1, lease_until = clock_timestamp() + $2::interval
 // RenewRelay prolongs the time of the holder. held is false once another
 // process has been the holder in between.
 func (s *Store) RenewRelay(ctx context.Context, id RelayID, ttl time.Duration) (held bool, err error) {
-	return s.updateRelay(ctx, `UPDATE relay SET lease_until = clock_timestamp() + $2::interval WHERE holder = $1`, id, ttl)
+	return s.exec(ctx, `UPDATE relay SET lease_until = clock_timestamp() + $2::interval WHERE holder = $1`, id, ttl)
 }
 
 // ReleaseRelay lets another process become the holder at once.
 func (s *Store) ReleaseRelay(ctx context.Context, id RelayID) error {
-	_, err := s.updateRelay(ctx, `UPDATE relay SET holder = NULL WHERE holder = $1`, id)
+	_, err := s.exec(ctx, `UPDATE relay SET holder = NULL WHERE holder = $1`, id)
 	return err
-}
-
-func (s *Store) updateRelay(ctx context.Context, sql string, args ...any) (held bool, err error) {
-	err = s.do(ctx, func(ctx context.Context, conn *pgxpool.Conn) error {
-		tag, err := conn.Exec(ctx, sql, args...)
-		held = tag.RowsAffected() == 1
-		return err
-	})
-	return held, err
 }
 
 // unsentSQL walks along outbox_unsent. NOT IN becomes a hash of the held lanes

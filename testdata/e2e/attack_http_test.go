@@ -457,7 +457,7 @@ func TestSlowClients(t *testing.T) {
 		for _, k := range []kind{
 			{"nothing at all", "", 1000, header},
 			{"half a header", "POST " + loginPath + " HTTP/1.1\r\n", 1500, header},
-			{"half a body", post + "Content-Length: 28\r\n\r\n{", 1500, body},
+			{"most of a body of 64 KiB", post + "Content-Length: 65536\r\n\r\n" + strings.Repeat(" ", 60<<10), 1500, body},
 			{"who reads nothing", strings.Repeat(get, 200), 500, request},
 		} {
 			kept = append(kept, open(k)...)
@@ -488,6 +488,9 @@ func TestSlowClients(t *testing.T) {
 			}
 		}
 	})
+	if _, peak := s.rss(); peak > peakRSS {
+		t.Errorf("peak RSS: got %.1f MiB, want at most %d", float64(peak)/mib, peakRSS/mib)
+	}
 }
 
 // refusal sends a request that the service may refuse before it has read all of
