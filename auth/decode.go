@@ -13,12 +13,12 @@ import (
 	"unicode/utf8"
 )
 
-// maxBody bounds a request body in bytes. Of one beyond smallBody, which no
-// client has a reason to send, the rest is read only while it has one of the
-// places of largeBodies: thousands that come slowly hold little memory.
+// maxBody bounds a request body in bytes. What is beyond smallBody, more than
+// any endpoint can use, is read only while the request has one of the places of
+// largeBodies: thousands that come slowly hold little memory.
 const (
 	maxBody   = 64 << 10
-	smallBody = 4 << 10
+	smallBody = 8 << 10
 )
 
 var largeBodies = make(chan struct{}, 64)
