@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
-	"net"
 	"net/http"
 	"os"
 	"slices"
@@ -100,7 +99,7 @@ func newFaultRun(t *testing.T, seed uint64) *faultRun {
 	}
 	r.proxies[0].pointAt(r.pg.URL())
 	for i := range 3 {
-		port, admin := quietPort(t), quietPort(t)
+		port, admin := freePort(t), freePort(t)
 		r.configs = append(r.configs, r.w.config(unlimited, cheapHashes, env{
 			"DATABASE_URL":             fmt.Sprintf("postgres://postgres@%s/identity_auth?sslmode=disable&target_session_attrs=read-write&application_name=replica-%d", strings.Join(hosts, ","), i),
 			"DATABASE_MAX_CONNECTIONS": "8",
@@ -120,23 +119,6 @@ func newFaultRun(t *testing.T, seed uint64) *faultRun {
 	}
 	r.ready()
 	return r
-}
-
-// quietPort stays below the ports that systems give to outgoing connections:
-// nobody takes it while its replica is dead.
-func quietPort(t *testing.T) string {
-	t.Helper()
-	var err error
-	for range 100 {
-		port := strconv.Itoa(5000 + rand.IntN(5000))
-		var l net.Listener
-		if l, err = net.Listen("tcp", "127.0.0.1:"+port); err == nil {
-			l.Close()
-			return port
-		}
-	}
-	t.Fatal(err)
-	return ""
 }
 
 func (r *faultRun) launch(i int) { r.replicas[i] = r.w.launch(plainBinary, r.configs[i]) }
